@@ -1,0 +1,314 @@
+"""Configuration that travels with the weights: a closed schema with bounds.
+
+Every section is a frozen dataclass. ``from_dict`` refuses unknown keys (naming the nearest
+known one), wrong types and values out of range, before anything is allocated: a
+configuration may come from an untrusted file. Nothing here is imported by name or executed.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypeVar
+
+from htsat.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    """Return ``value`` as type ``expected``, or raise ConfigError naming ``where``."""
+    origin = typing.get_origin(expected)
+    if origin is Literal:
+        if value not in typing.get_args(expected):
+            allowed = ", ".join(map(repr, typing.get_args(expected)))
+            raise ConfigError(f"{where}: expected one of {allowed}, got {value!r}{nearest(str(value), map(str, typing.get_args(expected)))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(expected)
+        if value is None and type(None) in options:
+            return None
+        return _convert(value, next(o for o in options if o is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        item = typing.get_args(expected)[0]
+        return tuple(_convert(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a table, got {value!r}")
+        item = typing.get_args(expected)[1]
+        return {str(k): _convert(v, item, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(expected):
+        if isinstance(value, expected):  # type: ignore[arg-type]
+            return value
+        return from_dict(typing.cast(type, expected), value, where)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if expected is Any:
+        return value
+    if not isinstance(value, expected) or (expected in (int, float) and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {expected.__name__}, got {value!r}")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value!r}")
+    return value
+
+
+def from_dict(cls: type[T], values: Any, where: str) -> T:
+    """Build dataclass ``cls`` from a mapping of plain values.
+
+    Args:
+        cls: a dataclass whose fields have plain, tuple, dict, Literal or dataclass types.
+        values: the mapping, e.g. parsed JSON or TOML.
+        where: prefix of error messages, e.g. ``"model.safetensors: model"``.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or value out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a table of settings, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), fields) or '; known: ' + ', '.join(fields)}")
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: key {name!r} is missing")
+    converted = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON-able values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value
+
+    return {k: plain(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class FrontendConfig:
+    """Log-mel spectrogram. Defaults: the published 32-kHz front end (100 frames a second)."""
+
+    sample_rate: int = 32000
+    """Hz; audio is resampled to this rate before it reaches the model."""
+    n_fft: int = 1024
+    """Samples per STFT window (Hann, centred, reflect padding)."""
+    hop_length: int = 320
+    """Samples between STFT frames."""
+    n_mels: int = 64
+    """Mel bins."""
+    f_min: float = 50.0
+    """Hz, lower edge of the lowest mel filter."""
+    f_max: float = 14000.0
+    """Hz, upper edge of the highest mel filter (filters above half the sample rate stay empty, as published)."""
+    mel_scale: Literal["slaney", "htk"] = "slaney"
+    """``slaney`` (area-normalised, as published) or ``htk`` (unnormalised, the fused CLAP towers)."""
+
+    def __post_init__(self) -> None:
+        _check("sample_rate", self.sample_rate, 1000, 384000)
+        _check("n_fft", self.n_fft, 16, 16384)
+        _check("hop_length", self.hop_length, 1, self.n_fft)
+        _check("n_mels", self.n_mels, 8, 512)
+        _check("f_min", self.f_min, 0, self.sample_rate / 2)
+        _check("f_max", self.f_max, self.f_min + 1, self.sample_rate)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture. Defaults: the published tiny variant (31 M parameters with 527 classes)."""
+
+    num_classes: int = 527
+    """Outputs; 0 builds the encoder alone (CLAP audio towers)."""
+    embed_dim: int = 96
+    """Width of the first stage; it doubles with every stage."""
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    """Blocks per stage."""
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    """Attention heads per stage."""
+    window_size: int = 8
+    """Side of an attention window in tokens."""
+    patch_size: int = 4
+    """Side of a patch in log-mel cells."""
+    image_size: int = 256
+    """Side of the square that the log-mel spectrogram is folded to."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers relative to their input."""
+    drop_path: float = 0.1
+    """Rate of stochastic depth at the last block in training, rising linearly from 0."""
+    token_semantic: bool = True
+    """True: the token-semantic head; False: the paper's head without it (mean token, then linear)."""
+    clip_pooling: Literal["mean", "logmeanexp"] = "mean"
+    """How token logits become clip logits: ``mean`` (published) or ``logmeanexp`` (a smooth maximum)."""
+    chunk_seconds: float = 10.0
+    """Seconds of sound that fill the square: their log-mel frames are stretched to it by a constant factor."""
+
+    def __post_init__(self) -> None:
+        _check("num_classes", self.num_classes, 0, 100_000)
+        _check("embed_dim", self.embed_dim, 8, 1024)
+        if not 1 <= len(self.depths) <= 6 or len(self.depths) != len(self.num_heads):
+            raise ConfigError(
+                f"depths and num_heads must name the same 1 to 6 stages, got {self.depths} and {self.num_heads}"
+            )
+        for depth in self.depths:
+            _check("depths", depth, 1, 64)
+        for stage, heads in enumerate(self.num_heads):
+            _check("num_heads", heads, 1, 256)
+            if (self.embed_dim << stage) % heads:
+                raise ConfigError(f"num_heads[{stage}] = {heads} does not divide the width {self.embed_dim << stage}")
+        _check("window_size", self.window_size, 2, 32)
+        _check("patch_size", self.patch_size, 1, 32)
+        _check("image_size", self.image_size, 16, 2048)
+        _check("mlp_ratio", self.mlp_ratio, 0.5, 16)
+        _check("drop_path", self.drop_path, 0, 0.9)
+        _check("chunk_seconds", self.chunk_seconds, 0.5, 60)
+        if self.image_size % (self.patch_size << (len(self.depths) - 1)):
+            raise ConfigError(
+                f"image_size {self.image_size} must be a multiple of patch_size x 2^(stages - 1) "
+                f"= {self.patch_size << (len(self.depths) - 1)}"
+            )
+        for stage in range(len(self.depths)):
+            resolution = self.image_size // (self.patch_size << stage)
+            if resolution > self.window_size and resolution % self.window_size:
+                raise ConfigError(f"stage {stage} has {resolution} tokens a side, no multiple of window_size {self.window_size}")
+
+
+@dataclass(frozen=True)
+class ClassDecoding:
+    """How one class's posteriors become events."""
+
+    threshold: float = 0.5
+    """An event needs at least one frame at or above this posterior."""
+    threshold_off: float | None = None
+    """The event extends while the posterior stays at or above this (hysteresis); None: same as ``threshold``."""
+    median_seconds: float = 0.0
+    """Length of a median filter over the posteriors before thresholding; 0: none."""
+    min_duration: float = 0.0
+    """Seconds; shorter events are dropped, after merging."""
+    min_gap: float = 0.0
+    """Seconds; events of one class with a smaller gap between them are merged."""
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, 0, 1)
+        if self.threshold_off is not None:
+            _check("threshold_off", self.threshold_off, 0, self.threshold)
+        _check("median_seconds", self.median_seconds, 0, 60)
+        _check("min_duration", self.min_duration, 0, 600)
+        _check("min_gap", self.min_gap, 0, 600)
+
+
+@dataclass(frozen=True)
+class DecodingConfig(ClassDecoding):
+    """Decoding settings of all classes, with exceptions per label."""
+
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Label -> the settings that differ for it, e.g. ``{"dog": {"threshold": 0.4}}``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for label in self.per_class:
+            self.for_label(label)
+
+    def for_label(self, label: str) -> ClassDecoding:
+        """Return the settings that hold for ``label``."""
+        names = [f.name for f in dataclasses.fields(ClassDecoding)]
+        settings = {name: getattr(self, name) for name in names} | self.per_class.get(label, {})
+        return from_dict(ClassDecoding, settings, f"per_class.{label}")
+
+    def changed(self, **settings: float) -> Self:
+        """Return a copy with these settings for every class, exceptions for them removed."""
+        per_class = {
+            label: rest
+            for label, exceptions in self.per_class.items()
+            if (rest := {k: v for k, v in exceptions.items() if k not in settings})
+        }
+        return dataclasses.replace(self, **settings, per_class=per_class)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a recording of any length is given to the model."""
+
+    short: Literal["pad", "tile"] = "pad"
+    """Recordings shorter than a chunk: followed by silence, or repeated until the chunk is full."""
+    hop_seconds: float = 5.0
+    """Seconds between the starts of overlapping chunks of longer recordings."""
+    clip_pooling: Literal["max", "mean", "top"] = "max"
+    """Clip posteriors over chunks: largest, mean, or mean of the largest quarter."""
+
+    def __post_init__(self) -> None:
+        _check("hop_seconds", self.hop_seconds, 0.1, 60)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Everything beside the weights that a checkpoint needs to rebuild its model and to be used."""
+
+    frontend: FrontendConfig
+    model: ModelConfig
+    labels: tuple[str, ...] = ()
+    """One per class; empty for an encoder without classes."""
+    objective: Literal["multi_label", "single_label"] = "multi_label"
+    """Clip posteriors are sigmoid (several labels at once) or softmax (exactly one) of the clip logits."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from: source, data, recipe, figures. For people; never interpreted."""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.model.num_classes:
+            raise ConfigError(
+                f"{len(self.labels)} labels for {self.model.num_classes} classes; give as many labels as the weights have outputs"
+            )
+        if len(set(self.labels)) != len(self.labels):
+            twice = next(label for label in self.labels if self.labels.count(label) > 1)
+            raise ConfigError(f"label {twice!r} occurs twice")
+        for label in self.decoding.per_class:
+            if label not in self.labels:
+                raise ConfigError(f"decoding names the label {label!r} that the model lacks{nearest(label, self.labels)}")
+        frontend, model = self.frontend, self.model
+        if model.image_size % frontend.n_mels:
+            raise ConfigError(f"image_size {model.image_size} must be a multiple of n_mels {frontend.n_mels}")
+        if self.chunk_samples // frontend.hop_length + 1 > self.num_frames:
+            raise ConfigError(
+                f"chunk_seconds {model.chunk_seconds:g} gives {self.chunk_samples // frontend.hop_length + 1} frames, "
+                f"more than the {self.num_frames} that fit the square"
+            )
+        if self.inference.hop_seconds > model.chunk_seconds:
+            raise ConfigError(f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {model.chunk_seconds:g} s")
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples of one chunk at the model's sample rate."""
+        return round(self.model.chunk_seconds * self.frontend.sample_rate)
+
+    @property
+    def num_frames(self) -> int:
+        """Log-mel frames that fill the square."""
+        return self.model.image_size * (self.model.image_size // self.frontend.n_mels)
+
+    @property
+    def num_tokens(self) -> int:
+        """Time steps of the framewise output of one chunk."""
+        return self.num_frames // (self.model.patch_size << (len(self.model.depths) - 1))
+
+    @property
+    def token_seconds(self) -> float:
+        """Seconds between time steps of the framewise output."""
+        return self.model.chunk_seconds / self.num_tokens

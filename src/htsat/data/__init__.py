@@ -1,0 +1,1 @@
+"""Labelled recordings: corpora, mixing and augmentation."""

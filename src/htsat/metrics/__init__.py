@@ -1,0 +1,1 @@
+"""Scores of tags and events: pure functions on arrays and event lists. No torch here."""

@@ -1,0 +1,242 @@
+"""HTS-AT: log-mel front end, fold, Swin stages, token-semantic head.
+
+Stages of ``HTSAT.forward``, each a method that can be called alone:
+
+    waveform -> fit_waveform -> frontend -> log_mel -> stretch -> normalise -> fold -> encode -> tokens -> classify
+
+Source: Chen et al., HTS-AT (arXiv 2202.00874) and the published ``model/htsat.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from htsat.config import CheckpointConfig, FrontendConfig, ModelConfig
+from htsat.model.frontend import LogMel
+from htsat.model.swin import Stage
+
+#: how a waveform that does not fill a chunk is fitted to it
+Fit = Literal["pad", "tile", "stretch", "repeat"]
+FITS: tuple[Fit, ...] = ("pad", "tile", "stretch", "repeat")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    """What the network says of a batch.
+
+    Attributes:
+        clipwise_logits: (batch, num_classes); None without classes.
+        framewise_logits: (batch, num_frames, num_classes), one row per token, never repeated; None without classes.
+        embedding: (batch, width), the mean token before the head (the published ``latent_output``).
+        attention: per block (batch, windows, heads, N, N) if asked for, else empty.
+    """
+
+    clipwise_logits: Tensor | None
+    framewise_logits: Tensor | None
+    embedding: Tensor
+    attention: tuple[Tensor, ...] = ()
+
+
+class HTSAT(nn.Module):
+    """The network with its front end.
+
+    Args:
+        frontend: log-mel settings.
+        model: architecture.
+    """
+
+    def __init__(self, frontend: FrontendConfig, model: ModelConfig) -> None:
+        super().__init__()
+        # CheckpointConfig holds the checks that involve both sections; labels do not matter here.
+        geometry = CheckpointConfig(frontend, model, labels=tuple(str(i) for i in range(model.num_classes)))
+        self.frontend_config, self.config = frontend, model
+        self.chunk_samples, self.num_frames = geometry.chunk_samples, geometry.num_frames
+        self.num_tokens = geometry.num_tokens
+        self.groups = model.image_size // frontend.n_mels  # stretches of time stacked along the frequency axis
+
+        self.frontend = LogMel(frontend)
+        self.mel_norm = nn.BatchNorm1d(frontend.n_mels)
+        side = model.image_size // model.patch_size
+        self.patch_embed = PatchEmbed(model.patch_size, model.embed_dim)
+        drop_path = torch.linspace(0, model.drop_path, sum(model.depths)).tolist()
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(model.depths):
+            first = sum(model.depths[:i])
+            self.stages.append(
+                Stage(
+                    width=model.embed_dim << i,
+                    resolution=side >> i,
+                    depth=depth,
+                    num_heads=model.num_heads[i],
+                    window_size=model.window_size,
+                    mlp_ratio=model.mlp_ratio,
+                    drop_path=drop_path[first : first + depth],
+                    merge=i < len(model.depths) - 1,
+                )
+            )
+        self.width = model.embed_dim << (len(model.depths) - 1)
+        self.side = side >> (len(model.depths) - 1)
+        self.norm = nn.LayerNorm(self.width)
+        if model.num_classes and model.token_semantic:
+            self.token_semantic = nn.Conv2d(
+                self.width, model.num_classes, (self.side // self.groups, 3), padding=(0, 1)
+            )
+        elif model.num_classes:
+            self.head = nn.Linear(self.width, model.num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the published code: linear layers and position tables normal(0, 0.02), norms 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute the activations of each block in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.gradient_checkpointing = enabled
+
+    # ------------------------------------------------------------------ input
+
+    def fit_waveform(self, waveform: Tensor, fit: Fit) -> Tensor:
+        """Bring waveforms (batch, num_samples) to the length whose log-mel is stretched to the square.
+
+        ``pad`` appends silence and ``tile`` repeats the waveform up to one chunk, so that time is never
+        distorted. ``stretch`` and ``repeat`` leave the waveform as it is: there the log-mel is stretched.
+
+        Raises:
+            ValueError: not (batch, num_samples), too short, or longer than the square.
+        """
+        if fit not in FITS:
+            raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+        if waveform.ndim != 2:
+            raise ValueError(f"waveform must be (batch, num_samples), got shape {tuple(waveform.shape)}")
+        if not waveform.is_floating_point():
+            raise ValueError(f"waveform must be floating point in [-1, 1], got {waveform.dtype}")
+        num_samples = waveform.shape[1]
+        in_chunk = fit in ("pad", "tile")
+        limit = self.chunk_samples if in_chunk else self.num_frames * self.frontend_config.hop_length - 1
+        least = 1 if in_chunk else self.frontend_config.n_fft // 2 + 1
+        if not least <= num_samples <= limit:
+            rate = self.frontend_config.sample_rate
+            raise ValueError(
+                f"waveform has {num_samples} samples ({num_samples / rate:.2f} s at {rate} Hz); with fit={fit!r} the "
+                f"model takes {least} to {limit}; htsat.Predictor handles recordings of any length"
+            )
+        if not in_chunk or num_samples == self.chunk_samples:
+            return waveform
+        if fit == "pad":
+            return F.pad(waveform, (0, self.chunk_samples - num_samples))
+        repeats = -(-self.chunk_samples // num_samples)
+        return waveform.repeat(1, repeats)[:, : self.chunk_samples]
+
+    def stretch(self, log_mel: Tensor) -> Tensor:
+        """Interpolate log-mel frames (batch, T, n_mels) to the (batch, num_frames, n_mels) that fill the square.
+
+        Bicubic with aligned corners, as published: frame i of T lands at i (num_frames - 1) / (T - 1).
+        """
+        if log_mel.shape[1] == self.num_frames:
+            return log_mel
+        size = (self.num_frames, log_mel.shape[2])
+        return F.interpolate(log_mel.unsqueeze(1), size, mode="bicubic", align_corners=True).squeeze(1)
+
+    def normalise(self, log_mel: Tensor) -> Tensor:
+        """Batch-normalise each mel bin of (batch, T, n_mels)."""
+        return self.mel_norm(log_mel.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def fold(self, features: Tensor) -> Tensor:
+        """Stack stretches of time: (batch, num_frames, n_mels) -> (batch, image_size, image_size).
+
+        Row = stretch * n_mels + mel bin, column = frame within the stretch (paper figure 1).
+        """
+        batch = features.shape[0]
+        square = features.view(batch, self.groups, -1, features.shape[2]).transpose(2, 3)
+        return square.reshape(batch, self.config.image_size, self.config.image_size)
+
+    # ---------------------------------------------------------------- network
+
+    def encode(self, features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Map normalised features (batch, num_frames, n_mels) to tokens (batch, width, frequency, num_tokens).
+
+        The square of the last stage is unfolded again, so that the last axis is time.
+        """
+        x = self.patch_embed(self.fold(features))
+        for stage in self.stages:
+            x = stage(x, maps)
+        x = self.norm(x)
+        batch = x.shape[0]
+        x = x.view(batch, self.groups, self.side // self.groups, self.side, self.width)
+        return x.permute(0, 4, 2, 1, 3).reshape(batch, self.width, self.side // self.groups, self.num_tokens)
+
+    def classify(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return clip and frame logits, (batch, num_classes) and (batch, num_tokens, num_classes), of tokens.
+
+        Published behaviour kept without the token-semantic head: a frame is the *sum* of its frequency tokens.
+        """
+        if not self.config.num_classes:
+            return None, None
+        if not self.config.token_semantic:
+            clipwise = self.head(tokens.mean((2, 3)))
+            return clipwise, self.head(tokens.sum(2).transpose(1, 2))
+        framewise = self.token_semantic(tokens).squeeze(2).transpose(1, 2)
+        return pool_tokens(framewise, self.config.clip_pooling), framewise
+
+    def forward(self, waveform: Tensor, fit: Fit = "pad", *, attention: bool = False) -> ModelOutput:
+        """Name what sounds in each waveform, and when.
+
+        Args:
+            waveform: (batch, num_samples) mono at the model's sample rate, nominal [-1, 1], at most one chunk.
+            fit: what to do if it is shorter than a chunk. ``pad`` or ``tile`` (never distort time; the framewise
+                output ends with the waveform), ``stretch`` (the published evaluation path) or ``repeat`` (the
+                published ``infer_mode``); the last two return all tokens of the square, as published.
+            attention: also return the attention maps (slower).
+
+        Raises:
+            ValueError: wrong shape or length; see ``fit_waveform``.
+        """
+        log_mel = self.frontend(self.fit_waveform(waveform, fit))
+        if fit == "repeat":
+            log_mel = log_mel.repeat(1, self.num_frames // log_mel.shape[1], 1)
+        maps: list[Tensor] | None = [] if attention else None
+        tokens = self.encode(self.normalise(self.stretch(log_mel)), maps)
+        # Pooled over the whole chunk also when the clip is shorter: this is what the head was trained on.
+        clipwise, framewise = self.classify(tokens)
+        if framewise is not None and fit in ("pad", "tile"):
+            framewise = framewise[:, : -(-waveform.shape[1] * self.num_tokens // self.chunk_samples)]
+        return ModelOutput(clipwise, framewise, tokens.mean((2, 3)), tuple(maps or ()))
+
+
+class PatchEmbed(nn.Module):
+    """Cut the square into patches and project each: (batch, side, side) -> (batch, patches, width), raster order."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(patch_size * patch_size, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, square: Tensor) -> Tensor:
+        """Return one token per patch."""
+        batch, side, _ = square.shape
+        n, p = side // self.patch_size, self.patch_size
+        patches = square.view(batch, n, p, n, p).transpose(2, 3).reshape(batch, n * n, p * p)
+        return self.norm(self.proj(patches))  # type: ignore[no-any-return]
+
+
+def pool_tokens(framewise_logits: Tensor, rule: str) -> Tensor:
+    """Pool token logits (batch, num_tokens, num_classes) over time to clip logits (batch, num_classes).
+
+    ``mean`` is the published rule: an event must last for most of a clip to carry it. ``logmeanexp`` is a
+    smooth maximum, for models whose tokens are trained to be on only while an event sounds.
+    """
+    if rule == "mean":
+        return framewise_logits.mean(1)
+    return torch.logsumexp(framewise_logits, 1) - torch.log(torch.tensor(float(framewise_logits.shape[1])))

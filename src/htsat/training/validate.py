@@ -1,0 +1,72 @@
+"""Scores of a model on the held-out fold of its run. Nothing here chooses anything: the fold is only reported."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from htsat.detection.decoder import decode_events
+from htsat.events import Event
+from htsat.grid import FrameGrid
+from htsat.metrics.detection import event_based, intersection_based
+from htsat.model.htsat import HTSAT, Fit
+from htsat.training.material import Material, Progress, Soundscape
+from htsat.training.recipe import Recipe
+
+
+def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: Progress) -> dict[str, Any]:
+    """Return accuracy on the held-out clips and detection scores on the held-out soundscapes, as fractions.
+
+    Accuracy is over the classes that the clips have; both ways to fill a chunk with a short clip are told.
+    """
+    report: dict[str, Any] = {}
+    if material.test_clips:
+        classes = sorted({label for _, label in material.test_clips})
+        report["test_fold"] = recipe.data.test_fold
+        report["clips"] = len(material.test_clips)
+        for fit in ("pad", "tile"):
+            progress(f"scoring clips ({fit})", 0.0)
+            report[f"accuracy_{fit}"] = clip_accuracy(model, recipe, material.test_clips, classes, fit)
+    if material.test_soundscapes:
+        progress("scoring soundscapes", 0.5)
+        estimated = detect_soundscapes(model, recipe, material.test_soundscapes)
+        reference = {s.name: list(s.events) for s in material.test_soundscapes}
+        scored = [label for label in recipe.data.labels if any(e.event_label == label for r in reference.values() for e in r)]
+        report["soundscapes"] = len(reference)
+        report["intersection_macro_f1"] = intersection_based(reference, estimated, labels=scored).macro_f1
+        report["event_based_macro_f1"] = event_based(reference, estimated, labels=scored).macro_f1
+    return report
+
+
+def clip_accuracy(
+    model: HTSAT,
+    recipe: Recipe,
+    clips: Sequence[tuple[NDArray[np.float32], str]],
+    classes: Sequence[str],
+    fit: Fit,
+) -> float:
+    """Return the share of clips whose most probable class, among ``classes``, is theirs."""
+    columns = [recipe.data.labels.index(label) for label in classes]
+    right = 0
+    for waveform, label in clips:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(waveform[: model.chunk_samples]).unsqueeze(0), fit).clipwise_logits
+        assert logits is not None
+        right += classes[int(logits[0, columns].argmax())] == label
+    return right / len(clips)
+
+
+def detect_soundscapes(model: HTSAT, recipe: Recipe, soundscapes: Sequence[Soundscape]) -> dict[str, list[Event]]:
+    """Return the events of recordings of one chunk, decoded with the recipe's settings: name -> events."""
+    estimated = {}
+    for soundscape in soundscapes:
+        with torch.inference_mode():
+            waveform = torch.from_numpy(soundscape.waveform[: model.chunk_samples]).unsqueeze(0)
+            logits = model(waveform).framewise_logits
+        assert logits is not None
+        grid = FrameGrid.uniform(recipe.model.chunk_seconds / model.num_tokens, waveform.shape[1] / recipe.frontend.sample_rate)
+        posteriors = logits[0].sigmoid().numpy()
+        estimated[soundscape.name] = decode_events(posteriors, grid.boundaries, recipe.data.labels, recipe.decoding)
+    return estimated

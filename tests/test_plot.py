@@ -153,12 +153,12 @@ def test_same_colour_in_both_panels_and_only_top_classes(tmp_path):
 @pytest.mark.parametrize("duration", [0.02, 1.0, 36000.0])
 def test_any_length_any_name_without_warnings(tmp_path, duration):
     num_frames = max(1, int(duration / 0.3125))
-    labels = ["鳥のさえずり", "A very long label that nobody would ever want to read in full", "$x_1$"]
+    labels = ["鳥のさえずり", "A very long label that nobody would ever want to read in full", "$\\nothing_1$"]
     posteriors = RNG.uniform(0, 1, (num_frames, 3))
     events = [Event(labels[index % 3], onset, onset + 1.0) for index, onset in enumerate(np.arange(0, duration, 30.0))]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        title = "録音\n$2026_{07}$ \udce4\U0001f426" + "long " * 60
+        title = "録音\n$\\nothing{07}$ \udce4\U0001f426" + "long " * 60
         plot(tmp_path / "Nächte 鳥.png", duration, events, labels, posteriors, title)
     assert pixels(tmp_path / "Nächte 鳥.png").shape[1] > 1000
     assert os.listdir(tmp_path) == ["Nächte 鳥.png"]

@@ -14,9 +14,10 @@ webvtt   .vtt                           one        captions of a web video or au
 textgrid .TextGrid                      one        Praat: one interval tier per label
 ======== ============================== ========== =====================================================
 
-What a format cannot hold is lost: durations survive in json, jsonl and textgrid only, probabilities in
-json, jsonl, csv and raven only (otherwise 1 when read back). Seconds are exact in json, jsonl and csv, to a millisecond in
-tsv and webvtt, to a microsecond in audacity, raven and textgrid; an event never shrinks to nothing.
+What a format cannot hold is lost: durations survive in json, jsonl and textgrid only, probabilities in json,
+jsonl, csv and raven only (otherwise 1 when read back). Seconds are exact in json, jsonl and csv, to a
+millisecond in tsv and webvtt, to a microsecond in audacity, raven and textgrid; an event never shrinks to
+nothing.
 
 Labels keep every character in json, jsonl, csv and textgrid. The line-based formats (tsv, audacity, raven,
 webvtt, table) cannot hold tabs and line breaks: each becomes a space, and spaces around a label are removed.
@@ -26,6 +27,7 @@ a raven table cannot show it. Formats of one recording do not name it: it is cal
 read, without the format's ending.
 """
 
+import contextlib
 import csv
 import errno
 import html
@@ -926,7 +928,5 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     finally:
         if temporary is not None:
             # The failure that brought us here is the one to report.
-            try:
+            with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            except OSError:
-                pass

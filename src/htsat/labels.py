@@ -145,7 +145,7 @@ def desed_map(which: Literal["published", "corrected"] = "corrected") -> dict[st
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read labels from a file: one a line, or a CSV with a ``display_name`` or ``label`` column and perhaps an ``index``.
+    """Read labels from a file: one a line, or a CSV with a column ``display_name`` or ``label``, perhaps ``index``.
 
     Blank lines and lines that begin with ``#`` do not count. AudioSet's ``class_labels_indices.csv`` is such a CSV.
 

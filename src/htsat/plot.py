@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _Across = Literal["left", "center", "right"]
 
+#: what ``save_plot`` can write, lower case
+PICTURE_ENDINGS = (".png", ".pdf", ".svg")
+
 #: seconds between the frames of a short recording
 _FRAME_SECONDS = 0.01
 #: once a column holds this many frames, every second one is left out: 10 hours in seconds, not minutes
@@ -254,8 +257,7 @@ def save_plot(
         ValueError: the arrays do not fit each other.
     """
     path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "pdf", "svg"):
+    if path.suffix.lower() not in PICTURE_ENDINGS:
         raise OutputError(f"{path}: expected a picture ending in .png, .pdf or .svg; rename it")
     if top < 1:
         raise UsageError(f"top must be at least 1, got {top}")
@@ -348,7 +350,7 @@ def save_plot(
         write.text(left + seconds / per_inch, curve_floor - 0.19, format_time(seconds), 9, _GREY, "center")
     write.text(left - 0.34, curve_floor - 0.19, time_unit, 8.5, _GREY, "right")
 
-    _write_file(path, figure, kind)
+    _write_file(path, figure, path.suffix.lower().removeprefix("."))
 
 
 def _ranked(posteriors: NDArray[np.floating], labels: Sequence[str], events: Sequence[Event], top: int) -> list[str]:

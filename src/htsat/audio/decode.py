@@ -50,11 +50,11 @@ _MAX_BLOCK_VALUES = 1 << 24
 _SPOOL_IN_MEMORY = 8 << 20
 
 #: endings by which folders are searched (files named explicitly may have any)
-AUDIO_SUFFIXES = frozenset(
-    (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".w64")
-    + (".wav", ".wave", ".3gp", ".aac", ".ac3", ".amr", ".ape", ".avi", ".flv", ".m4a", ".m4b", ".m4v", ".mka")
-    + (".mkv", ".mov", ".mp4", ".mpg", ".ts", ".weba", ".webm", ".wma", ".wmv", ".wv")
-)
+AUDIO_SUFFIXES = frozenset([
+    ".3gp", ".aac", ".ac3", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".avi", ".caf", ".flac", ".flv", ".m4a",
+    ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp3", ".mp4", ".mpg", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".ts",
+    ".w64", ".wav", ".wave", ".weba", ".webm", ".wma", ".wmv", ".wv",
+])  # fmt: skip
 
 _EXPECTED = "WAV, FLAC, Ogg, Opus, MP3, AIFF or CAF"
 _CODECS_HINT = 'M4A, MP4, AAC, WebM and others need: pip install "htsat[codecs]"'
@@ -108,7 +108,7 @@ class _View:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         try:
             self._stream.seek(self.start + offset if whence == os.SEEK_SET else offset, whence)
-        except (OSError, ValueError):
+        except (OSError, ValueError, OverflowError):
             return -1
         return self.tell()
 
@@ -132,7 +132,9 @@ class _View:
         return data
 
     def at(self, offset: int, size: int) -> bytes:
-        """Return up to ``size`` bytes from ``offset``."""
+        """Return up to ``size`` bytes from ``offset``, which a damaged header may put anywhere."""
+        if offset >= self.size:
+            return b""
         self.seek(offset)
         return self.read(size)
 
@@ -200,11 +202,13 @@ class AudioReader:
         self._started = False
 
     def __enter__(self) -> Self:
+        """Return the reader."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Close the reader."""
         self.close()
 
     def close(self) -> None:
@@ -393,7 +397,8 @@ class _ArrayDecoder:
             values = values[:, None]
         if values.ndim != 2:
             raise AudioError(
-                f"{name}: the waveform has shape {np.shape(waveform)}; expected (num_samples,) or (num_samples, channels)"
+                f"{name}: the waveform has shape {np.shape(waveform)}; "
+                "expected (num_samples,) or (num_samples, channels)"
             )
         if not values.size:
             raise _without_samples(name)
@@ -439,7 +444,11 @@ class _AvDecoder:
             if not self._container.streams.audio:
                 raise AudioError(f"{name}: the file has no sound track; expected one, name a recording with sound")
             self._stream = self._container.streams.audio[0]
-            _check_format(name, self._stream.codec_context.sample_rate or MIN_SAMPLE_RATE, self._stream.codec_context.channels)
+            codec = self._stream.codec_context
+            if codec is None:
+                raise AudioError(f"{name}: the sound is coded in a way that FFmpeg does not know; convert it to FLAC")
+            if codec.sample_rate and codec.channels:
+                _check_format(name, codec.sample_rate, codec.channels)
             self.failure: str | None = None
             self.failed_at_end = False
             self.sample_rate = 0
@@ -748,7 +757,7 @@ def _open_stream(source: Any, name: str | None, opening: contextlib.ExitStack) -
 def _open_file(path: str, name: str) -> BinaryIO:
     """Open a regular file, or raise AudioError saying what stands in the way."""
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
         if stat.S_ISDIR(mode):
             raise AudioError(f"{name}: this is a folder; expected a recording, name a file in it")
         if stat.S_ISFIFO(mode):
@@ -757,14 +766,16 @@ def _open_file(path: str, name: str) -> BinaryIO:
             raise AudioError(f"{name}: this is a device or socket; expected a file, record it first")
         return open(path, "rb")
     except FileNotFoundError as error:
-        if os.path.islink(path):
+        if Path(path).is_symlink():
             raise AudioError(
-                f"{name}: this is a link to {_shown(os.readlink(path))}, which does not exist; "
+                f"{name}: this is a link to {_shown(str(Path(path).readlink()))}, which does not exist; "
                 "expected a recording, restore the target or remove the link"
             ) from error
         raise AudioError(f"{name}: there is no such file; expected a recording, check the path") from error
     except PermissionError as error:
-        raise AudioError(f"{name}: no permission to read it; expected a readable file, change its permissions") from error
+        raise AudioError(
+            f"{name}: no permission to read it; expected a readable file, change its permissions"
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{name}: it cannot be opened ({reason}); expected a readable file, check the path") from error
@@ -780,11 +791,15 @@ def _spool(source: BinaryIO, name: str, opening: contextlib.ExitStack) -> Binary
                 raise AudioError(f"{name}: the file object gives {type(data).__name__}; expected bytes")
             total += len(data)
             if total > MAX_SPOOL_BYTES:
-                raise AudioError(f"{name}: the stream exceeds {MAX_SPOOL_BYTES >> 30} GiB; expected a recording that ends")
+                raise AudioError(
+                    f"{name}: the stream exceeds {MAX_SPOOL_BYTES >> 30} GiB; expected a recording that ends"
+                )
             spool.write(data)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise AudioError(f"{name}: copying the stream to a temporary file failed ({reason}); save it as a file") from error
+        raise AudioError(
+            f"{name}: copying the stream to a temporary file failed ({reason}); save it as a file"
+        ) from error
     spool.seek(0)
     return spool  # type: ignore[return-value]
 
@@ -813,13 +828,14 @@ def _open_decoder(name: str, view: _View, allow_truncated: bool) -> tuple[_Decod
             return _open_sound_file(name, view, kind, allow_truncated)
         view.check()
     try:
-        return _AvDecoder(_import_av(), name, view), cut
+        av = _import_av()
     except ImportError as error:
         if kind == "codecs":
             raise AudioError(f"{name}: libsndfile does not know this format; {_CODECS_HINT}") from error
         raise _unreadable(name, view, kind, f"; {_CODECS_HINT}") from error
-    except (ValueError, OSError, RuntimeError) as error:
-        # FFmpeg's errors are subclasses of these
+    try:
+        return _AvDecoder(av, name, view), cut
+    except (av.error.FFmpegError, ValueError, OSError, RuntimeError) as error:
         view.check()
         raise _unreadable(name, view, kind, "") from error
 
@@ -884,13 +900,13 @@ def find_audio(inputs: Iterable[str | os.PathLike[str]], *, recursive: bool = Tr
     for entry in inputs:
         text = os.fspath(entry)
         if not os.path.lexists(text) and glob.has_magic(text):
-            matches = sorted(glob.glob(text, recursive=True))
+            matches = sorted(glob.glob(text, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
             if not matches:
                 yield AudioError(f"{_shown(text)}: no file matches this pattern; check it")
         else:
             matches = [text]
         for match in matches:
-            for found in _find_in_folder(match, recursive) if os.path.isdir(match) else (Path(match),):
+            for found in _find_in_folder(match, recursive) if Path(match).is_dir() else (Path(match),):
                 if isinstance(found, AudioError):
                     yield found
                 elif str(found) not in seen:
@@ -905,7 +921,7 @@ def _find_in_folder(folder: str, recursive: bool) -> Iterator[Path | AudioError]
     for root, folders, files in os.walk(folder, onerror=errors.append):
         folders[:] = sorted(f for f in folders if recursive and not f.startswith("."))
         for file in sorted(files):
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in AUDIO_SUFFIXES:
+            if not file.startswith(".") and Path(file).suffix.lower() in AUDIO_SUFFIXES:
                 count += 1
                 yield Path(root, file)
     for error in errors:

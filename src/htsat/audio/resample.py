@@ -95,9 +95,7 @@ def read_audio(
     Raises:
         AudioError: see ``open_audio`` and ``AudioReader.blocks``.
     """
-    blocks = stream_audio(
-        source, sample_rate, name=name, allow_truncated=allow_truncated, max_seconds=max_seconds
-    )
+    blocks = stream_audio(source, sample_rate, name=name, allow_truncated=allow_truncated, max_seconds=max_seconds)
     return np.concatenate(list(blocks))
 
 
@@ -143,7 +141,7 @@ def _prefetch(iterator: Iterable[T], depth: int) -> Iterator[T]:
                 close = getattr(source, "close", None)
                 if close is not None:
                     close()
-        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the consumer
+        except BaseException as error:  # whatever it is belongs to the consumer
             end = error
         items.put(end)
 

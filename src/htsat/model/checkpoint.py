@@ -21,8 +21,6 @@ from htsat.config import CheckpointConfig, from_dict, to_dict
 from htsat.errors import CheckpointError, ConfigError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from htsat.model.htsat import HTSAT
 
 #: number of the file format that this version writes and reads
@@ -126,7 +124,7 @@ def sniff(path: str | os.PathLike[str]) -> Kind:
     except FileNotFoundError:
         return "missing"
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; give a file that you may read") from None
+        raise _unreadable(path, error) from None
     if not start:
         return "empty"
     if _is_pickle(start):
@@ -155,11 +153,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         with open(path, "rb") as file:
             return _parse_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; `htsat models` lists the models that can be had by name") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder; give the checkpoint file inside it") from None
+        raise CheckpointError(
+            f"{path}: no such file; `htsat models` lists the models that can be had by name"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; give a file that you may read") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if path.is_dir():
+        return CheckpointError(f"{path}: is a folder; give the checkpoint file inside it")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}; give a file that you may read")
 
 
 def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
@@ -176,7 +180,9 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> Header:
     length = int.from_bytes(start[:8], "little")
     if len(start) < 9 or start[8:] != b"{" or length > MAX_HEADER:
         # A cut-off file still begins like one of ours: only these few bytes can be judged.
-        raise CheckpointError(f"{path}: is not a safetensors checkpoint, or its beginning is damaged; download or save it again")
+        raise CheckpointError(
+            f"{path}: is not a safetensors checkpoint, or its beginning is damaged; download or save it again"
+        )
     text = start[8:] + file.read(length - 1)
     if len(text) < length:
         raise CheckpointError(
@@ -236,7 +242,9 @@ def _config(path: Path, header: Header) -> CheckpointConfig:
         raise CheckpointError(f"{path}: the {METADATA_KEY!r} metadata is damaged; download or save the file again")
     number = values.pop("format", None)
     if type(number) is not int or number < 1:
-        raise CheckpointError(f"{path}: the checkpoint's format number is {number!r}, expected {FORMAT}; the file is damaged")
+        raise CheckpointError(
+            f"{path}: the checkpoint's format number is {number!r}, expected {FORMAT}; the file is damaged"
+        )
     if number > FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {number} is newer than this htsat reads (format {FORMAT}); upgrade htsat"
@@ -260,7 +268,9 @@ def _check_tensors(path: Path, config: CheckpointConfig, header: Header) -> None
     if missing := [name for name in expected if name not in header.shapes]:
         raise CheckpointError(f"{path}: lacks {len(missing)} of {len(expected)} tensors: {_names(missing)}; {advice}")
     if unexpected := [name for name in header.shapes if name not in expected]:
-        raise CheckpointError(f"{path}: holds {len(unexpected)} tensors its model has not: {_names(unexpected)}; {advice}")
+        raise CheckpointError(
+            f"{path}: holds {len(unexpected)} tensors its model has not: {_names(unexpected)}; {advice}"
+        )
     for name, shape in expected.items():
         if header.shapes[name] != shape:
             what = "labels do not fit the weights: " if name.startswith(("token_semantic", "head")) else ""
@@ -278,7 +288,8 @@ def _check_tensors(path: Path, config: CheckpointConfig, header: Header) -> None
     if side * side * window * window > MAX_MASK:
         raise CheckpointError(
             f"{path}: image_size {config.model.image_size} with patch_size {config.model.patch_size} and window_size "
-            f"{window} asks for attention masks beyond {MAX_MASK * 4 >> 20} MB; the checkpoint is damaged or was edited by hand"
+            f"{window} asks for attention masks beyond {MAX_MASK * 4 >> 20} MB; "
+            "the checkpoint is damaged or was edited by hand"
         )
 
 
@@ -308,7 +319,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> "tuple[HTSAT, CheckpointCon
             # A copy: the tensors of load_file are views of the mapped file, which may change under a running model.
             tensor = tensor.to(torch.float32, copy=True)
             if not math.isfinite(tensor.sum().item()):
-                raise CheckpointError(f"{path}: tensor {name} holds NaN or infinite values; the training that made it diverged")
+                raise CheckpointError(
+                    f"{path}: tensor {name} holds NaN or infinite values; the training that made it diverged"
+                )
         weights[name] = tensor
     model = build(config)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -380,7 +393,9 @@ def save_checkpoint(
     if (model.config, model.frontend_config) != (config.model, config.frontend) or {
         name: tuple(tensor.shape) for name, tensor in weights.items()
     } != expected:
-        raise ConfigError(f"{path}: the configuration does not describe the model; pass the one the model was built with")
+        raise ConfigError(
+            f"{path}: the configuration does not describe the model; pass the one the model was built with"
+        )
     for name, tensor in weights.items():
         if tensor.is_floating_point():
             stored = tensor.detach().to("cpu", types[dtype] if tensor.ndim > 1 else torch.float32).contiguous()

@@ -55,6 +55,9 @@ class HTSAT(nn.Module):
         self.frontend_config, self.config = frontend, model
         self.chunk_samples, self.num_frames = geometry.chunk_samples, geometry.num_frames
         self.num_tokens = geometry.num_tokens
+        # Replaced by ``load_model``, with the names and settings that came with the weights.
+        self.labels: tuple[str, ...] = geometry.labels
+        self.checkpoint = geometry
         self.groups = model.image_size // frontend.n_mels  # stretches of time stacked along the frequency axis
 
         self.frontend = LogMel(frontend)

@@ -1,0 +1,277 @@
+"""From any recording to tags and timed events: ``Predictor`` and ``Prediction``.
+
+The path of a recording: decode -> resample -> chunks -> logits -> posteriors (the only sigmoid of
+the package) -> one time axis -> events. Decoding and resampling run ahead in a thread while the
+network works; memory is bounded but for the framewise posteriors themselves.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from htsat.audio.chunk import Chunk, Stitcher, chunk_stream, num_tokens, pool_chunks
+from htsat.audio.decode import AudioSource, open_audio
+from htsat.audio.resample import prefetch, resample
+from htsat.config import CheckpointConfig, DecodingConfig, InferenceConfig
+from htsat.detection.decoder import decode_events
+from htsat.errors import UsageError
+from htsat.events import Event, Tag
+from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags, write_atomic
+from htsat.grid import FrameGrid
+from htsat.plot import PICTURE_ENDINGS, SpectrogramOverview, save_plot
+
+if TYPE_CHECKING:
+    from htsat.model.htsat import HTSAT
+
+Array = NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """Runs the network on chunks."""
+
+    def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
+        """Map (batch, chunk_samples) to clip logits, frame logits and embeddings.
+
+        Shapes: (batch, num_classes), (batch, num_tokens, num_classes) and (batch, width).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """Spectrogram of a whole recording, for pictures.
+
+    Attributes:
+        spectrogram: (columns, n_mels) float32, dB.
+        f_min: Hz, lower edge.
+        f_max: Hz, upper edge.
+        column_seconds: length of a column.
+    """
+
+    spectrogram: Array
+    f_min: float
+    f_max: float
+    column_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What sounds in a recording, and when.
+
+    Attributes:
+        file: name of the recording.
+        duration: seconds.
+        labels: the model's classes.
+        tags: every class, most probable first.
+        events: in time order.
+        clipwise_posteriors: (num_classes,) float32 in [0, 1].
+        framewise_posteriors: (num_frames, num_classes) float32 in [0, 1], at the model's true resolution.
+        frame_boundaries: (num_frames + 1,) float64, seconds; the last one is ``duration``.
+        embedding: (width,) float32, the mean over the recording.
+        overview: spectrogram for pictures; None if it was not asked for.
+    """
+
+    file: str
+    duration: float
+    labels: list[str]
+    tags: list[Tag]
+    events: list[Event]
+    clipwise_posteriors: Array
+    framewise_posteriors: Array
+    frame_boundaries: NDArray[np.float64]
+    embedding: Array
+    overview: Overview | None = None
+
+    @property
+    def detections(self) -> Detections:
+        """File, duration and events, as the formats take them."""
+        return Detections(self.file, self.duration, self.events)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the events, in the format that the ending names, or a picture (.png, .pdf, .svg).
+
+        Raises:
+            UsageError: unknown ending.
+            OutputError: the file cannot be written; nothing half-written remains.
+        """
+        if Path(path).suffix.lower() in PICTURE_ENDINGS:
+            self.save_plot(path)
+        else:
+            write_atomic(path, format_events([self.detections], format_for_path(path)))
+
+    def save_plot(self, path: str | os.PathLike[str], *, top: int = 6) -> None:
+        """Draw spectrogram, events and the posteriors of the ``top`` classes in one picture."""
+        if self.overview is None:
+            raise UsageError("a picture needs the spectrogram: predict(..., spectrogram=True)")
+        save_plot(
+            path,
+            title=Path(self.file).name,
+            duration=self.duration,
+            spectrogram=self.overview.spectrogram,
+            f_min=self.overview.f_min,
+            f_max=self.overview.f_max,
+            boundaries=self.frame_boundaries,
+            posteriors=self.framewise_posteriors,
+            labels=self.labels,
+            events=self.events,
+            top=top,
+            column_seconds=self.overview.column_seconds,
+        )
+
+    def top_tags(self, count: int) -> Tags:
+        """Return the ``count`` most probable tags, as the formats take them."""
+        return Tags(self.file, self.duration, self.tags[:count])
+
+    def __str__(self) -> str:
+        """Return the five most probable tags and the events as tables."""
+        return format_tags([self.top_tags(5)], "table") + format_events([self.detections], "table")
+
+
+class Predictor:
+    """Names what sounds in recordings of any length and says when.
+
+    Args:
+        model: a name (``htsat models``), a checkpoint file, or ``hf://owner/repo``.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        batch_size: chunks per pass of the network.
+        threads: CPU threads of the network; None leaves PyTorch's setting.
+        decoding: how posteriors become events; None: as the checkpoint says.
+        inference: how recordings are cut and pooled; None: as the checkpoint says.
+        cache_dir: where downloaded models are kept; None: the usual place.
+        endpoint: address of the model hub; None: the usual one.
+        offline: True: never download.
+
+    Raises:
+        CheckpointError, DownloadError: the model cannot be had.
+        UsageError: the device is unknown or absent.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "default",
+        *,
+        device: str = "auto",
+        batch_size: int = 4,
+        threads: int | None = None,
+        decoding: DecodingConfig | None = None,
+        inference: InferenceConfig | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        endpoint: str | None = None,
+        offline: bool | None = None,
+    ) -> None:
+        from htsat.model.runtime import TorchBackend, load_model
+
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        network = load_model(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline)
+        config = network.checkpoint
+        changes = {"decoding": decoding or config.decoding, "inference": inference or config.inference}
+        self.config: CheckpointConfig = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+        self.model: HTSAT = network
+        self.labels = list(config.labels)
+        self._batch_size = batch_size
+        self._backend: Backend = TorchBackend(network, device=device, threads=threads)
+
+    def predict(
+        self,
+        source: AudioSource,
+        *,
+        name: str | None = None,
+        spectrogram: bool = True,
+        allow_truncated: bool = False,
+        on_progress: Callable[[float, float | None], None] | None = None,
+    ) -> Prediction:
+        """Listen to one recording.
+
+        Args:
+            source: path, bytes, binary file object, or (waveform, sample_rate).
+            name: what the result and messages call it; None: its path.
+            spectrogram: also make the overview that pictures need.
+            allow_truncated: use what is left of a truncated recording.
+            on_progress: told the seconds done and, where the header tells it, the duration.
+
+        Raises:
+            AudioError: the recording cannot be read or is outside the limits.
+        """
+        config = self.config
+        rate, chunk_samples = config.frontend.sample_rate, config.chunk_samples
+        tokens_per_chunk = config.num_tokens
+        hop_tokens = min(tokens_per_chunk, max(1, round(config.inference.hop_seconds / config.token_seconds)))
+        overview = SpectrogramOverview(rate) if spectrogram else None
+        num_samples = 0
+
+        with open_audio(source, name, allow_truncated=allow_truncated) as reader:
+
+            def blocks() -> Iterator[Array]:
+                nonlocal num_samples
+                for block in resample(reader, rate):
+                    num_samples += len(block)
+                    if overview is not None:
+                        overview.add(block)
+                    yield block
+
+            stitcher = Stitcher(len(self.labels), tokens_per_chunk)
+            clipwise, embeddings, lengths = [], [], []
+            chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, config.inference.short)
+            ahead = prefetch(chunks, depth=2 * self._batch_size)
+            for batch in _batches(ahead, self._batch_size):
+                clip_logits, frame_logits, embedding = self._backend(np.stack([chunk.samples for chunk in batch]))
+                clipwise.append(self._clip_posteriors(clip_logits))
+                embeddings.append(embedding)
+                for chunk, logits in zip(batch, frame_logits, strict=True):
+                    stitcher.add(chunk.start_token, sigmoid(logits))
+                    lengths.append(chunk.length)
+                if on_progress is not None:
+                    on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
+            file = reader.name
+
+        duration = num_samples / rate
+        weights = np.asarray(lengths, dtype=np.float64)
+        framewise = stitcher.finish(num_tokens(num_samples, chunk_samples, tokens_per_chunk))
+        clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
+        grid = FrameGrid.uniform(config.token_seconds, duration)
+        order = np.argsort(-clip, kind="stable")
+        drawn = None
+        if overview is not None:
+            drawn = Overview(
+                overview.finish(), overview.config.f_min, overview.config.f_max, overview.column_seconds
+            )
+        return Prediction(
+            file=file,
+            duration=duration,
+            labels=self.labels,
+            tags=[Tag(self.labels[i], float(clip[i])) for i in order],
+            events=decode_events(framewise, grid.boundaries, self.labels, config.decoding),
+            clipwise_posteriors=clip,
+            framewise_posteriors=framewise,
+            frame_boundaries=grid.boundaries,
+            embedding=(weights / weights.sum() @ np.concatenate(embeddings)).astype(np.float32),
+            overview=drawn,
+        )
+
+    def _clip_posteriors(self, logits: Array) -> Array:
+        if self.config.objective == "single_label":
+            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+            return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
+        return sigmoid(logits)
+
+
+def sigmoid(logits: Array) -> Array:
+    """Return posteriors in [0, 1] of logits of any shape, without overflow."""
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logits)), dtype=np.float32)
+
+
+def _batches(chunks: Iterator[Chunk], size: Literal[1] | int) -> Iterator[list[Chunk]]:
+    batch: list[Chunk] = []
+    for chunk in chunks:
+        batch.append(chunk)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from htsat.audio import decode
@@ -563,7 +563,7 @@ def test_truncated_files(file_format, subtype, capfd):
         if file_format == "CAF" and "av" not in sys.modules:
             pytest.importorskip("av", reason="libsndfile refuses truncated CAF")
         with open_audio(cut, allow_truncated=True) as reader:
-            got = np.concatenate(list(reader.blocks(0.7)))
+            got = np.concatenate(list(reader.blocks(10.0)))  # one block: its good part must not be lost
             assert reader.truncated
         capfd.readouterr()  # mpg123 remarks on truncated MP3 that it is made to read
         assert 0.7 * part < len(got) / len(whole) < 1.1 * part
@@ -764,6 +764,7 @@ RATES = [4000, 8000, 16000, 22050, 31999, 32000, 44100, 48000, 96000, 384000]
     st.floats(1e-4, 0.3),
     st.integers(0, 2**32 - 1),
 )
+@example(1, 384000, 16000, 0.1, 0)  # rounds to no sample
 def test_streaming_equals_whole(num_samples, rate_in, rate_out, block_seconds, seed):
     waveform = np.random.default_rng(seed).standard_normal(num_samples).astype(np.float32)
     blocks = list(stream_audio((waveform, rate_in), rate_out, block_seconds=block_seconds))
@@ -860,7 +861,8 @@ def test_prefetch_ends_when_the_consumer_stops(how):
         finally:
             closed.set()
 
-    items = prefetch(source(), depth=2)
+    held = source()  # as long as someone holds it, only the thread closes it
+    items = prefetch(held, depth=2)
     if how == "exception":
         with pytest.raises(KeyError):
             for _ in items:

@@ -127,6 +127,11 @@ def test_written_text_of_one_recording(name):
     assert format_events([STREET], name) == WRITTEN_ALONE[name]
 
 
+def test_webvtt_escapes_what_players_interpret():
+    text = format_events([Detections("a", None, [Event("R&B <live> -->", 0, 1)])], "webvtt")
+    assert text.splitlines()[-1] == "R&amp;B &lt;live&gt; --&gt;"
+
+
 def test_json_is_the_public_surface():
     plain = [
         {
@@ -379,6 +384,8 @@ GRID_HEAD = '"ooTextFile"\n"TextGrid"\n0\n3\n<exists>\n1\n'
         ("json", '{"file": "a"}', ["got dict", "a list of"]),
         ("json", '[{"duration": 1, "events": []}]', ["x.in: entry 1", '"file" is missing']),
         ("json", '[{"file": "a", "duration": true, "events": []}]', ['"duration" is True']),
+        ("json", '[{"file": "a", "duration": Infinity, "events": []}]', ['"duration" is inf']),
+        ("json", '[{"file": "a", "duration": 1' + "0" * 400 + ', "events": []}]', ['"duration" is 1000']),
         ("json", '[{"file": "a"}]', ['"events" is missing']),
         ("json", '[{"file": "a", "events": [{"onset": 1}]}]', ["event 1", "event_label"]),
         ("json", '[{"file": "a", "events": [{"event_label": "b", "onset": "1", "offset": 2}]}]', ["onset '1'"]),

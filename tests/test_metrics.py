@@ -152,6 +152,9 @@ def test_collars():
     assert counts(event_based(reference, events((1.25, 2)), onset_collar=0.3)) == (1, 0, 0)
     assert counts(event_based(reference, events((1, 2.25)), offset_collar=0.3)) == (1, 0, 0)
     assert counts(event_based(events((1, 6)), events((1, 6.9)), offset_collar_rate=0.1)) == (0, 1, 1)
+    # 0.25 is exact in float64: differences at the collar are hits.
+    quarter = {"onset_collar": 0.25, "offset_collar": 0.25}
+    assert counts(event_based(reference, events((1.25, 1.75)), **quarter)) == (1, 0, 0)
     with pytest.raises(ValueError, match="onset_collar"):
         event_based(reference, reference, onset_collar=-0.1)
 
@@ -220,6 +223,8 @@ def test_segments():
     assert counts(segment_based(events((0.1, 0.2), (0.5, 0.6)), events((0.9, 1.0)))) == (1, 0, 0)
     # 0.3 / 0.1 is 2.9999999999999996, yet the event begins with the fourth segment.
     assert counts(segment_based(events((0.3, 0.4)), events((0.3, 0.4)), segment_seconds=0.1)) == (1, 0, 0)
+    # So is 0.1 * 3 above 0.3: the event ends with the third segment.
+    assert counts(segment_based(events((0, 0.3)), events((0, 0.1 * 3)), segment_seconds=0.1)) == (3, 0, 0)
     with pytest.raises(ValueError, match="segment_seconds"):
         segment_based(events(), events(), segment_seconds=0)
 

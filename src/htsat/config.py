@@ -118,6 +118,8 @@ class FrontendConfig:
     """Hz, lower edge of the lowest mel filter."""
     f_max: float = 14000.0
     """Hz, upper edge of the highest mel filter (filters above half the sample rate stay empty, as published)."""
+    floor_db: float = -100.0
+    """Lowest value of the spectrogram, dB (published: -100)."""
     mel_scale: Literal["slaney", "htk"] = "slaney"
     """``slaney`` (area-normalised, as published) or ``htk`` (unnormalised, the fused CLAP towers)."""
 
@@ -128,6 +130,7 @@ class FrontendConfig:
         _check("n_mels", self.n_mels, 8, 512)
         _check("f_min", self.f_min, 0, self.sample_rate / 2)
         _check("f_max", self.f_max, self.f_min + 1, self.sample_rate)
+        _check("floor_db", self.floor_db, -200, 0)
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,8 @@ class ModelConfig:
     """Side of a patch in log-mel cells."""
     image_size: int = 256
     """Side of the square that the log-mel spectrogram is folded to."""
+    frequency_embedding: bool = False
+    """Add to each token a learned vector of its mel rows (published: no; only the batch norm tells frequencies)."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers relative to their input."""
     drop_path: float = 0.1
@@ -231,14 +236,14 @@ class DecodingConfig(ClassDecoding):
         settings = {name: getattr(self, name) for name in names} | self.per_class.get(label, {})
         return from_dict(ClassDecoding, settings, f"per_class.{label}")
 
-    def changed(self, **settings: float) -> Self:
+    def changed(self, **settings: float | None) -> Self:
         """Return a copy with these settings for every class, exceptions for them removed."""
         per_class = {
             label: rest
             for label, exceptions in self.per_class.items()
             if (rest := {k: v for k, v in exceptions.items() if k not in settings})
         }
-        return dataclasses.replace(self, **settings, per_class=per_class)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **settings, per_class=per_class)
 
 
 @dataclass(frozen=True)

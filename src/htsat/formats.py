@@ -425,7 +425,8 @@ _JSON_ITEM = '{"file", "duration", "events": [{"event_label", "onset", "offset",
 
 
 def _json_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not asked with math.isfinite: an integer of hundreds of digits does not fit a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _from_plain(item: Any, where: str) -> Detections:
@@ -862,7 +863,7 @@ def format_tags(items: Sequence[Tags], format: str) -> str:
 
 def _output_error(path: str, error: OSError) -> OutputError:
     """Return an OutputError that names the path, the reason and the remedy."""
-    folder = os.path.dirname(path) or "."
+    folder = Path(path).parent
     if error.errno == errno.ENOENT:
         advice = f"the folder {folder} does not exist; create it or choose another"
     elif error.errno == errno.ENOTDIR:
@@ -897,31 +898,31 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """
     name = os.fspath(path)
     content = data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         try:
-            mode = os.stat(name).st_mode
+            mode = Path(name).stat().st_mode
         except FileNotFoundError:
             mode = None
         if mode is not None and stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if mode is not None and not stat.S_ISREG(mode):
             # Replacing a device by a file would be fatal to whoever uses it next.
-            with open(name, "wb") as stream:
+            with Path(name).open("wb") as stream:
                 stream.write(content)
             return
-        target = os.path.realpath(name)
+        target = Path(name).resolve()
         if mode is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        candidate = os.path.join(os.path.dirname(target), f".htsat-{secrets.token_hex(8)}.part")
-        with open(candidate, "xb") as stream:
+        candidate = target.parent / f".htsat-{secrets.token_hex(8)}.part"
+        with candidate.open("xb") as stream:
             temporary = candidate
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         if mode is not None:
-            os.chmod(candidate, stat.S_IMODE(mode))
-        os.replace(candidate, target)
+            candidate.chmod(stat.S_IMODE(mode))
+        candidate.replace(target)
         temporary = None
     except OSError as error:
         raise _output_error(name, error) from error
@@ -929,4 +930,4 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
         if temporary is not None:
             # The failure that brought us here is the one to report.
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()

@@ -28,7 +28,7 @@ class FrameGrid:
     def uniform(cls, frame_seconds: float, duration: float) -> "FrameGrid":
         """Frames of ``frame_seconds`` covering 0 to ``duration``; the last one is cut at ``duration``."""
         num_frames = max(1, int(np.ceil(duration / frame_seconds - 1e-6)))
-        boundaries = np.arange(num_frames + 1) * frame_seconds
+        boundaries = np.arange(num_frames + 1, dtype=np.float64) * np.float64(frame_seconds)
         boundaries[-1] = duration
         return cls(boundaries)
 

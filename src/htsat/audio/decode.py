@@ -108,7 +108,7 @@ class _View:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         try:
             self._stream.seek(self.start + offset if whence == os.SEEK_SET else offset, whence)
-        except (OSError, ValueError, OverflowError):
+        except (OSError, ValueError):
             return -1
         return self.tell()
 

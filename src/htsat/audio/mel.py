@@ -9,15 +9,13 @@ from htsat.config import FrontendConfig
 _SLANEY_BREAK_HZ = 1000.0
 _SLANEY_HZ_PER_MEL = 200.0 / 3
 _SLANEY_LOG_STEP = np.log(6.4) / 27
-#: the published floor of the power spectrum: -100 dB
-POWER_FLOOR = 1e-10
 
 
 def hz_to_mel(frequencies: NDArray[np.float64], scale: str) -> NDArray[np.float64]:
     """Return mels for frequencies in Hz on the ``slaney`` or ``htk`` scale."""
     frequencies = np.asarray(frequencies, dtype=np.float64)
     if scale == "htk":
-        return 2595.0 * np.log10(1.0 + frequencies / 700.0)
+        return np.asarray(2595.0 * np.log10(1.0 + frequencies / 700.0))
     log_part = np.log(np.maximum(frequencies, _SLANEY_BREAK_HZ) / _SLANEY_BREAK_HZ) / _SLANEY_LOG_STEP
     return np.where(frequencies < _SLANEY_BREAK_HZ, frequencies, _SLANEY_BREAK_HZ) / _SLANEY_HZ_PER_MEL + log_part
 
@@ -64,9 +62,9 @@ def log_mel(waveform: NDArray[np.floating], config: FrontendConfig) -> NDArray[n
         config: the front end.
 
     Returns:
-        (num_samples // hop_length + 1, n_mels), dB, at least -100.
+        (num_samples // hop_length + 1, n_mels), dB, at least ``config.floor_db``.
     """
     padded = np.pad(np.asarray(waveform, dtype=np.float64), config.n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, config.n_fft)[:: config.hop_length]
     power = np.abs(np.fft.rfft(frames * hann_window(config.n_fft), axis=-1)) ** 2
-    return 10.0 * np.log10(np.maximum(power @ mel_filterbank(config), POWER_FLOOR))
+    return 10.0 * np.log10(np.maximum(power @ mel_filterbank(config), 10 ** (config.floor_db / 10)))

@@ -36,13 +36,15 @@ class MixConfig:
 
     max_events: int = 5
     """Events per scene: 1 to this many, few more often than many."""
+    easy_scenes: int = 0
+    """The first scenes of a run are whole clips without background; difficulty rises up to this scene."""
     whole_clip: float = 0.35
     """Share of scenes that hold one or two whole source clips instead of placed events."""
     background: float = 0.75
     """Share of scenes with a background; the others have digital silence behind them."""
-    min_snr_db: float = 3.0
+    min_snr_db: float = 5.0
     """Smallest ratio of an event's power to the background's."""
-    max_snr_db: float = 28.0
+    max_snr_db: float = 26.0
     """Largest ratio."""
     speed: float = 0.15
     """Largest relative change of an event's speed and pitch."""
@@ -87,10 +89,11 @@ class SceneMixer:
         rng = np.random.default_rng((self._seed, index))
         config = self._config
         scene = np.zeros(self._length, dtype=np.float32)
-        level = 10 ** rng.uniform(-3.0, -1.3)  # RMS of the background
-        if self._backgrounds and rng.random() < config.background:
+        level = 10 ** rng.uniform(-2.6, -1.6)  # RMS of the background
+        easy = max(0.0, 1.0 - index / config.easy_scenes) if config.easy_scenes else 0.0
+        if self._backgrounds and rng.random() < config.background * (1 - easy):
             scene += self._background(rng) * level
-        if rng.random() < config.whole_clip:
+        if rng.random() < easy + config.whole_clip * (1 - easy):
             events = self._place_clips(rng, scene, level)
         else:
             events = self._place_events(rng, scene, level)
@@ -114,17 +117,22 @@ class SceneMixer:
         return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
 
     def _place_clips(self, rng: np.random.Generator, scene: Waveform, level: float) -> list[Event]:
-        """Add one or two whole clips, as they are, each with all its parts."""
-        events = []
-        for _ in range(rng.choice([1, 2], p=[0.7, 0.3])):
+        """Add whole clips with all their parts: one after the other from the start, or one anywhere."""
+        events: list[Event] = []
+        anywhere = rng.random() < 0.3
+        start = 0
+        while start < self._length:
             source = self._draw(rng)
             waveform, speed = self._varied(rng, source.waveform)
-            waveform = waveform[: self._length]
-            start = 0 if rng.random() < 0.5 else int(rng.integers(0, self._length - len(waveform) + 1))
-            gain = self._gain(rng, waveform, level)
-            scene[start : start + len(waveform)] += waveform * gain
+            if anywhere:
+                start = int(rng.integers(0, max(0, self._length - len(waveform)) + 1))
+            waveform = waveform[: self._length - start]
+            scene[start : start + len(waveform)] += waveform * self._gain(rng, waveform, level)
             for onset, offset in source.parts:
                 self._note(events, source.label, start / self._rate + onset / speed, (offset - onset) / speed)
+            if anywhere or rng.random() < 0.2:
+                break
+            start += len(waveform) + int(rng.uniform(0, 0.5) * self._rate)
         return events
 
     def _place_events(self, rng: np.random.Generator, scene: Waveform, level: float) -> list[Event]:

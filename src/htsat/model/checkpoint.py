@@ -74,6 +74,8 @@ def tensor_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
     shapes["mel_norm.num_batches_tracked"] = ()
     linear("patch_embed.proj", model.embed_dim, model.patch_size**2)
     norm("patch_embed.norm", model.embed_dim)
+    if model.frequency_embedding:
+        shapes["frequency_embedding"] = (frontend.n_mels // model.patch_size, model.embed_dim)
     for i, (depth, heads) in enumerate(zip(model.depths, model.num_heads, strict=True)):
         width = model.embed_dim << i
         window = min(model.window_size, model.image_size // model.patch_size >> i)
@@ -250,15 +252,15 @@ def _config(path: Path, header: Header) -> CheckpointConfig:
             f"{path}: checkpoint format {number} is newer than this htsat reads (format {FORMAT}); upgrade htsat"
         )
     try:
-        return from_dict(CheckpointConfig, values, str(path))
-    except (ConfigError, RecursionError) as error:
-        raise CheckpointError(f"{error}; the checkpoint is damaged or was edited by hand") from None
+        return from_dict(CheckpointConfig, values, "configuration")
+    except (ConfigError, ArithmeticError, RecursionError) as error:  # numbers may be too large even to be printed
+        raise CheckpointError(f"{path}: {error}; the checkpoint is damaged or was edited by hand") from None
 
 
 def _names(names: list[str]) -> str:
-    """Return up to three names, and how many more there are."""
+    """Return up to three names, and how many more there are; names in a file may hold anything."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:3]) + more
 
 
 def _check_tensors(path: Path, config: CheckpointConfig, header: Header) -> None:
@@ -424,7 +426,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)

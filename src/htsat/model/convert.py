@@ -110,8 +110,9 @@ class ConversionReport:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first few names and how many more there are."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    """Return the first few names and how many more there are; names in a file may hold anything."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def convert(

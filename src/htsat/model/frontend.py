@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from htsat.audio.mel import POWER_FLOOR, hann_window, mel_filterbank
+from htsat.audio.mel import hann_window, mel_filterbank
 from htsat.config import FrontendConfig
 
 
@@ -36,7 +36,7 @@ class LogMel(nn.Module):
             waveform: (batch, num_samples) float32 or float64, more than n_fft / 2 samples.
 
         Returns:
-            (batch, num_samples // hop_length + 1, n_mels), dB, at least -100.
+            (batch, num_samples // hop_length + 1, n_mels), dB, at least ``config.floor_db``.
         """
         window, filters = self._constants(waveform)
         half = self.config.n_fft // 2
@@ -44,4 +44,4 @@ class LogMel(nn.Module):
         frames = padded.unfold(-1, self.config.n_fft, self.config.hop_length) * window
         spectrum = torch.view_as_real(torch.fft.rfft(frames))
         power = spectrum.square().sum(-1)
-        return 10.0 * torch.log10((power @ filters).clamp_min(POWER_FLOOR))
+        return 10.0 * torch.log10((power @ filters).clamp_min(10 ** (self.config.floor_db / 10)))

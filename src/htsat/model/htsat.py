@@ -2,11 +2,12 @@
 
 Stages of ``HTSAT.forward``, each a method that can be called alone:
 
-    waveform -> fit_waveform -> frontend -> log_mel -> stretch -> normalise -> fold -> encode -> tokens -> classify
+    waveform -> fit_waveform -> frontend -> stretch -> normalise -> encode (embed, fold, Swin stages) -> classify
 
 Source: Chen et al., HTS-AT (arXiv 2202.00874) and the published ``model/htsat.py``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,10 @@ class HTSAT(nn.Module):
         self.mel_norm = nn.BatchNorm1d(frontend.n_mels)
         side = model.image_size // model.patch_size
         self.patch_embed = PatchEmbed(model.patch_size, model.embed_dim)
+        mel_rows = frontend.n_mels // model.patch_size
+        self.frequency_embedding = (
+            nn.Parameter(torch.zeros(mel_rows, model.embed_dim)) if model.frequency_embedding else None
+        )
         drop_path = torch.linspace(0, model.drop_path, sum(model.depths)).tolist()
         self.stages = nn.ModuleList()
         for i, depth in enumerate(model.depths):
@@ -101,10 +106,23 @@ class HTSAT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02)
+        if self.frequency_embedding is not None:
+            # Waves of several lengths along the frequency axis, so that rows differ from the first step on.
+            rows, width = self.frequency_embedding.shape
+            waves = 2.0 ** torch.linspace(-1, 3, width // 2)
+            angle = math.pi * torch.arange(rows).unsqueeze(1) / rows * waves
+            self.frequency_embedding.data.copy_(0.5 * torch.cat([angle.sin(), angle.cos()], 1))
+
+    def set_prior(self, probability: float) -> None:
+        """Let an untrained head expect each class with this probability, which spares training its first steps."""
+        bias = (self.token_semantic if self.config.token_semantic else self.head).bias
+        assert bias is not None
+        nn.init.constant_(bias, math.log(probability / (1 - probability)))
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of each block in the backward pass instead of keeping them."""
         for stage in self.stages:
+            assert isinstance(stage, Stage)
             stage.gradient_checkpointing = enabled
 
     # ------------------------------------------------------------------ input
@@ -155,14 +173,19 @@ class HTSAT(nn.Module):
         """Batch-normalise each mel bin of (batch, T, n_mels)."""
         return self.mel_norm(log_mel.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def fold(self, features: Tensor) -> Tensor:
-        """Stack stretches of time: (batch, num_frames, n_mels) -> (batch, image_size, image_size).
+    def fold(self, tokens: Tensor) -> Tensor:
+        """Stack stretches of time along the frequency axis: the square of paper figure 1.
 
-        Row = stretch * n_mels + mel bin, column = frame within the stretch (paper figure 1).
+        Args:
+            tokens: (batch, time, frequency, width).
+
+        Returns:
+            (batch, time x frequency, width), the raster order of a square whose row is
+            stretch * frequencies + frequency and whose column is the time within the stretch.
         """
-        batch = features.shape[0]
-        square = features.view(batch, self.groups, -1, features.shape[2]).transpose(2, 3)
-        return square.reshape(batch, self.config.image_size, self.config.image_size)
+        batch, time, _, width = tokens.shape
+        stretches = tokens.reshape(batch, self.groups, time // self.groups, -1, width)
+        return stretches.transpose(2, 3).reshape(batch, -1, width)
 
     # ---------------------------------------------------------------- network
 
@@ -171,7 +194,10 @@ class HTSAT(nn.Module):
 
         The square of the last stage is unfolded again, so that the last axis is time.
         """
-        x = self.patch_embed(self.fold(features))
+        x: Tensor = self.patch_embed(features)
+        if self.frequency_embedding is not None:
+            x = x + self.frequency_embedding
+        x = self.fold(x)
         for stage in self.stages:
             x = stage(x, maps)
         x = self.norm(x)
@@ -218,7 +244,10 @@ class HTSAT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cut the square into patches and project each: (batch, side, side) -> (batch, patches, width), raster order."""
+    """Cut features into patches and project each (paper section 2.1).
+
+    Maps (batch, frames, n_mels) to (batch, frames / p, n_mels / p, width).
+    """
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -226,12 +255,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(patch_size * patch_size, width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, square: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return one token per patch."""
-        batch, side, _ = square.shape
-        n, p = side // self.patch_size, self.patch_size
-        patches = square.view(batch, n, p, n, p).transpose(2, 3).reshape(batch, n * n, p * p)
-        return self.norm(self.proj(patches))  # type: ignore[no-any-return]
+        batch, frames, n_mels = features.shape
+        p = self.patch_size
+        patches = features.view(batch, frames // p, p, n_mels // p, p).permute(0, 1, 3, 4, 2)
+        return self.norm(self.proj(patches.flatten(3)))  # type: ignore[no-any-return]
 
 
 def pool_tokens(framewise_logits: Tensor, rule: str) -> Tensor:

@@ -10,6 +10,7 @@ Environment: ``HTSAT_CACHE`` (folder), ``HTSAT_ENDPOINT`` or ``HF_ENDPOINT`` (a 
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from htsat.errors import CheckpointError, DownloadError, OutputError, UsageError, nearest
@@ -111,7 +112,7 @@ MODELS: dict[str, NamedModel] = {
         ),
         NamedModel(
             "clap-general",
-            "larger audio encoder of LAION-CLAP (73 M parameters), 48 kHz, no classes",
+            "larger audio encoder of LAION-CLAP (68 M parameters), 48 kHz, no classes",
             license="apache-2.0",
             num_classes=0,
             size=776_000_000,
@@ -160,12 +161,13 @@ def resolve(
     elif text.startswith("hf://"):
         model = _from_address(text)
         # Readable, and distinct where two addresses would read the same.
-        key = re.sub(r"[^\w.-]+", "--", text.removeprefix("hf://")) + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        key = re.sub(r"[^\w.-]+", "--", text.removeprefix("hf://")) + f"-{digest}"
     else:
         return _local(Path(text), text)
 
     root = Path(cache_dir) if cache_dir is not None else default_cache()
-    target = root / "models" / f"{key}.safetensors"
+    target = _kept(root, key)
     if _intact(target):
         return target
     if offline is None:
@@ -188,6 +190,39 @@ def resolve(
 _OFFLINE = ("HTSAT_OFFLINE", "HF_HUB_OFFLINE")
 
 
+def list_models(*, cache_dir: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+    """Return a row per named model, for display: nothing is fetched.
+
+    Keys: ``name``, ``classes`` (number, or ``""`` if known only once the model is here), ``size`` (text), ``state``
+    (``bundled``, ``ready``: fetched and converted before, ``download``, or ``missing``: not in this installation),
+    ``description``, ``license``, ``source``.
+    """
+    root = Path(cache_dir) if cache_dir is not None else default_cache()
+    rows = []
+    for model in MODELS.values():
+        path = _bundled_path(model) if model.bundled is not None else _kept(root, model.name)
+        here = _intact(path)
+        absent, present = ("missing", "bundled") if model.bundled is not None else ("download", "ready")
+        classes = len(read_config(path).labels) if here else model.num_classes
+        size = path.stat().st_size if here else model.size
+        rows.append(
+            {
+                "name": model.name,
+                "classes": "" if classes is None else classes,
+                "size": f"{max(1, round(size / 1e6))} MB" if size else "",
+                "state": present if here else absent,
+                "description": model.description,
+                "license": model.license,
+                "source": model.source,
+            }
+        )
+    return rows
+
+
+def _kept(root: Path, key: str) -> Path:
+    return root / "models" / f"{key}.safetensors"
+
+
 def default_cache() -> Path:
     """Return the folder where models are kept: ``HTSAT_CACHE``, else ``htsat`` in the user's cache folder."""
     if given := os.environ.get("HTSAT_CACHE"):
@@ -204,11 +239,16 @@ def default_cache() -> Path:
 # ---------------------------------------------------------------- local files
 
 
+def _bundled_path(model: NamedModel) -> Path:
+    return Path(__file__).parents[1] / "assets" / str(model.bundled)
+
+
 def _bundled(model: NamedModel) -> Path:
-    path = Path(__file__).parents[1] / "assets" / str(model.bundled)
+    path = _bundled_path(model)
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: this installation lacks the model {model.name!r}; reinstall htsat, or choose one of `htsat models`"
+            f"{path}: this installation lacks the model {model.name!r}; "
+            "reinstall htsat, or choose another of `htsat models`"
         )
     return path
 
@@ -241,7 +281,8 @@ def _from_address(text: str) -> NamedModel:
     match = _HF.match(text)
     if match is None:
         raise UsageError(
-            f"{text!r} is no address of a model; expected hf://owner/repo, hf://owner/repo/file or either with @revision"
+            f"{text!r} is no address of a model; "
+            "expected hf://owner/repo or hf://owner/repo/file, with @revision if wanted"
         )
     return NamedModel(
         text,
@@ -289,7 +330,7 @@ def _fetch(model: NamedModel, text: str, target: Path, root: Path, endpoint: str
     if sniff(partial) == "checkpoint":
         read_config(partial)
         try:
-            os.replace(partial, target)
+            partial.replace(target)
         except OSError as error:
             raise _unwritable(target, error) from None
         return
@@ -297,7 +338,7 @@ def _fetch(model: NamedModel, text: str, target: Path, root: Path, endpoint: str
 
     # The converter goes by what a file holds, but its messages should speak of the file as published.
     named = partial.with_name(f"{digest}-{Path(remote.filename).name}")
-    os.replace(partial, named)
+    partial.replace(named)
     try:
         network, config, _ = convert(named, sample_rate=model.sample_rate, labels=model.labels)
         source = {
@@ -309,7 +350,9 @@ def _fetch(model: NamedModel, text: str, target: Path, root: Path, endpoint: str
         }
         save_checkpoint(target, network, replace(config, provenance=config.provenance | source))
     except CheckpointError as error:
-        raise CheckpointError(f"model {text!r}: {error}; to convert it with other settings, {_by_hand(model)}") from None
+        raise CheckpointError(
+            f"model {text!r}: {error}; to convert it with other settings, {_by_hand(model)}"
+        ) from None
     finally:
         named.unlink(missing_ok=True)
 
@@ -325,16 +368,14 @@ def _look_up(model: NamedModel, text: str, endpoint: str) -> tuple[_Remote, dict
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     repo = str(model.repo_id)
     headers = build_hf_headers(library_name="htsat")
     headers["user-agent"] = "htsat"  # the library would tell the versions of what is installed here
     for filename in model.filenames:
         try:
-            url = hf_hub_url(
-                repo, filename, repo_type=model.repo_type, revision=model.revision, endpoint=endpoint
-            )
+            url = hf_hub_url(repo, filename, repo_type=model.repo_type, revision=model.revision, endpoint=endpoint)
             found = get_hf_file_metadata(url, headers=headers, timeout=10, endpoint=endpoint)
         except RevisionNotFoundError:
             raise DownloadError(
@@ -355,6 +396,10 @@ def _look_up(model: NamedModel, text: str, endpoint: str) -> tuple[_Remote, dict
             raise UsageError(f"model {text!r}: {error}") from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
+            if status in (401, 403):
+                raise DownloadError(
+                    f"model {text!r}: {endpoint} refuses access to {repo} ({status}); check the name, or set HF_TOKEN"
+                ) from None
             raise DownloadError(
                 f"model {text!r}: {endpoint} answered with an error ({status}); try again later, or {_by_hand(model)}"
             ) from None
@@ -369,9 +414,7 @@ def _look_up(model: NamedModel, text: str, endpoint: str) -> tuple[_Remote, dict
                 f"model {text!r}: {endpoint} does not answer like the Hugging Face Hub; "
                 "check HTSAT_ENDPOINT and HF_ENDPOINT"
             )
-        pinned = hf_hub_url(
-            repo, filename, repo_type=model.repo_type, revision=found.commit_hash, endpoint=endpoint
-        )
+        pinned = hf_hub_url(repo, filename, repo_type=model.repo_type, revision=found.commit_hash, endpoint=endpoint)
         return _Remote(filename, pinned, found.commit_hash, found.etag, found.size), headers
     raise DownloadError(
         f"model {text!r}: {endpoint}/{repo} has no file {' or '.join(model.filenames)}; "
@@ -428,10 +471,8 @@ def _verify(text: str, remote: _Remote, partial: Path) -> str:
             sha256.update(block)
             if git is not None:
                 git.update(block)
-    if git is not None:
-        known = git.hexdigest()
-    else:  # a mirror may send checksums of its own kind: then the size has to do
-        known = sha256.hexdigest() if len(remote.etag) == 64 else remote.etag
+    # A mirror may send checksums of its own kind; then the size has to do.
+    known = {40: git.hexdigest() if git else "", 64: sha256.hexdigest()}.get(len(remote.etag), remote.etag)
     if known != remote.etag or (remote.size is not None and size != remote.size):
         partial.unlink()
         raise DownloadError(
@@ -443,17 +484,26 @@ def _verify(text: str, remote: _Remote, partial: Path) -> str:
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """Show or hide the progress bars of the Hub's client, and leave its setting as it was."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    """Show or hide the progress bar and retry notices of the Hub's client, and leave its settings as they were."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    if shown or are_progress_bars_disabled():
+    if shown:
         yield
         return
+    logger = logging.getLogger("huggingface_hub")
+    level, hidden = logger.level, are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
     disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logger.setLevel(level)
+        if not hidden:
+            enable_progress_bars()
 
 
 @contextmanager

@@ -176,8 +176,8 @@ class WindowAttention(nn.Module):
             clips = [t.unflatten(0, (batch, windows)) for t in (q, k, v)]
             out = torch.stack(
                 [
-                    F.scaled_dot_product_attention(*(t[i] for t in clips), attn_mask=bias, scale=self.scale)
-                    for i in range(batch)
+                    F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+                    for q, k, v in zip(*clips, strict=True)
                 ]
             ).flatten(0, 1)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]

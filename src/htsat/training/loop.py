@@ -67,7 +67,11 @@ def losses(model: HTSAT, framewise: Tensor, targets: Tensor, config: TrainConfig
     strong = F.binary_cross_entropy_with_logits(framewise, targets)
     clipwise = pool_tokens(framewise, model.config.clip_pooling)
     weak = F.binary_cross_entropy_with_logits(clipwise, targets.amax(1))
-    return config.strong_weight * strong + config.weak_weight * weak
+    # Which class it is, on the tokens where one sounds alone: a far clearer signal early on than many
+    # independent yes-or-no questions whose answer is nearly always no.
+    alone = ((targets > 0).sum(2) == 1) & (targets.amax(2) == 1)
+    single = F.cross_entropy(framewise[alone], targets[alone].argmax(1)) if alone.any() else framewise.sum() * 0
+    return config.strong_weight * strong + config.weak_weight * weak + config.single_weight * single
 
 
 def train(
@@ -107,6 +111,7 @@ def train(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = HTSAT(recipe.frontend, recipe.model).train()
+    model.set_prior(0.06)  # about the share of tokens that a class is on
     average = HTSAT(recipe.frontend, recipe.model).eval()
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
@@ -145,7 +150,7 @@ def train(
             _update_average(average, model, config.average_decay, step)
 
             seconds = time.monotonic() - began
-            told = Step(step + 1, config.steps, float(loss), norm, learning_rate(step, config), len(targets) / seconds)
+            told = Step(step + 1, config.steps, float(loss.detach()), norm, learning_rate(step, config), len(targets) / seconds)
             on_step(told)
             _append(log_path, told)
             if time.monotonic() - saved > config.save_seconds or step + 1 == config.steps:

@@ -66,7 +66,9 @@ class TrainConfig:
     """Weight of the framewise loss."""
     weak_weight: float = 1.0
     """Weight of the clipwise loss."""
-    equaliser_db: float = 6.0
+    single_weight: float = 1.0
+    """Weight of the cross-entropy between classes on tokens where exactly one sounds."""
+    equaliser_db: float = 5.0
     """Largest gain of the random equaliser."""
     time_masks: int = 2
     """SpecAugment: masked stretches of time."""

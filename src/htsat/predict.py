@@ -5,12 +5,13 @@ the package) -> one time axis -> events. Decoding and resampling run ahead in a 
 network works; memory is bounded but for the framewise posteriors themselves.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from htsat.audio.decode import AudioSource, open_audio
 from htsat.audio.resample import prefetch, resample
 from htsat.config import CheckpointConfig, DecodingConfig, InferenceConfig
 from htsat.detection.decoder import decode_events
-from htsat.errors import UsageError
+from htsat.errors import AudioError, UsageError
 from htsat.events import Event, Tag
 from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags, write_atomic
 from htsat.grid import FrameGrid
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from htsat.model.htsat import HTSAT
 
 Array = NDArray[np.float32]
+
+#: largest magnitude of a sample: far above 32-bit integers taken for floats, far below what overflows in a spectrum
+_MAX_SAMPLE = 1e12
 
 
 class Backend(Protocol):
@@ -64,7 +68,7 @@ class Prediction:
     """What sounds in a recording, and when.
 
     Attributes:
-        file: name of the recording.
+        file: name of the recording, as given; of a path every character, so that it finds the file again.
         duration: seconds.
         labels: the model's classes.
         tags: every class, most probable first.
@@ -197,6 +201,7 @@ class Predictor:
 
         Raises:
             AudioError: the recording cannot be read or is outside the limits.
+            MemoryError: the device has too little memory for a batch.
         """
         config = self.config
         rate, chunk_samples = config.frontend.sample_rate, config.chunk_samples
@@ -210,6 +215,7 @@ class Predictor:
             def blocks() -> Iterator[Array]:
                 nonlocal num_samples
                 for block in resample(reader, rate):
+                    _check_level(block, reader.name, num_samples / rate)
                     num_samples += len(block)
                     if overview is not None:
                         overview.add(block)
@@ -218,29 +224,36 @@ class Predictor:
             stitcher = Stitcher(len(self.labels), tokens_per_chunk)
             clipwise, embeddings, lengths = [], [], []
             chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, config.inference.short)
-            ahead = prefetch(chunks, depth=2 * self._batch_size)
-            for batch in _batches(ahead, self._batch_size):
-                clip_logits, frame_logits, embedding = self._backend(np.stack([chunk.samples for chunk in batch]))
-                clipwise.append(self._clip_posteriors(clip_logits))
-                embeddings.append(embedding)
-                for chunk, logits in zip(batch, frame_logits, strict=True):
-                    stitcher.add(chunk.start_token, sigmoid(logits))
-                    lengths.append(chunk.length)
-                if on_progress is not None:
-                    on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
+            # The next batch is made while the network works on this one. Closed before the reader is, whatever
+            # happens: a decoder must not be freed under the thread that decodes.
+            with contextlib.closing(prefetch(chunks, depth=self._batch_size + 1)) as ahead:
+                for batch in _batches(ahead, self._batch_size):
+                    clip_logits, frame_logits, embedding = self._run(np.stack([chunk.samples for chunk in batch]))
+                    clipwise.append(self._posteriors(clip_logits))
+                    embeddings.append(embedding)
+                    for chunk, logits in zip(batch, frame_logits, strict=True):
+                        stitcher.add(chunk.start_token, self._posteriors(logits))
+                        lengths.append(chunk.length)
+                    if on_progress is not None:
+                        on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
             file = reader.name
+        if name is not None:
+            file = name
+        elif isinstance(source, (str, os.PathLike)):
+            file = os.fsdecode(source)
 
         duration = num_samples / rate
         weights = np.asarray(lengths, dtype=np.float64)
         framewise = stitcher.finish(num_tokens(num_samples, chunk_samples, tokens_per_chunk))
         clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
-        grid = FrameGrid.uniform(config.token_seconds, duration)
+        # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
+        boundaries = np.arange(len(framewise) + 1) * (chunk_samples / (tokens_per_chunk * rate))
+        boundaries[-1] = duration
+        grid = FrameGrid(boundaries)
         order = np.argsort(-clip, kind="stable")
         drawn = None
         if overview is not None:
-            drawn = Overview(
-                overview.finish(), overview.config.f_min, overview.config.f_max, overview.column_seconds
-            )
+            drawn = Overview(overview.finish(), overview.config.f_min, overview.config.f_max, overview.column_seconds)
         return Prediction(
             file=file,
             duration=duration,
@@ -254,19 +267,44 @@ class Predictor:
             overview=drawn,
         )
 
-    def _clip_posteriors(self, logits: Array) -> Array:
-        if self.config.objective == "single_label":
-            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-            return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float32)
-        return sigmoid(logits)
+    def _run(self, chunks: Array) -> tuple[Array, Array, Array]:
+        """Run the network; see ``Backend``."""
+        try:
+            return self._backend(chunks)
+        except RuntimeError as error:
+            # PyTorch has a class of its own for this on GPUs only.
+            text = str(error).lower()
+            if "out of memory" in text or "allocate memory" in text:
+                raise MemoryError(f"no memory for a batch of {self._batch_size}") from error
+            raise
+
+    def _posteriors(self, logits: Array) -> Array:
+        """Return posteriors of logits (..., num_classes): each class for itself, or all adding up to 1."""
+        return softmax(logits) if self.config.objective == "single_label" else sigmoid(logits)
 
 
 def sigmoid(logits: Array) -> Array:
-    """Return posteriors in [0, 1] of logits of any shape, without overflow."""
-    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logits)), dtype=np.float32)
+    """Return posteriors in [0, 1] of logits of any shape, without overflow; the small ones keep all their digits."""
+    small = np.exp(-np.abs(logits))
+    return np.asarray(np.where(logits >= 0, 1, small) / (1 + small), dtype=np.float32)
 
 
-def _batches(chunks: Iterator[Chunk], size: Literal[1] | int) -> Iterator[list[Chunk]]:
+def softmax(logits: Array) -> Array:
+    """Return posteriors of logits (..., num_classes) that add up to 1 over the classes, without overflow."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-np.inf))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True), dtype=np.float32)
+
+
+def _check_level(block: Array, name: str, start: float) -> None:
+    """Refuse samples whose power single precision cannot hold: the network would answer with NaN."""
+    if len(block) and not max(float(block.max()), -float(block.min())) <= _MAX_SAMPLE:
+        raise AudioError(
+            f"{name}: samples after {start:.0f} s exceed {_MAX_SAMPLE:g}; expected about -1 to 1, "
+            "export the recording again with normal levels"
+        )
+
+
+def _batches(chunks: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
     batch: list[Chunk] = []
     for chunk in chunks:
         batch.append(chunk)

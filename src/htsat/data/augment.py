@@ -24,17 +24,18 @@ def spec_augment(
 ) -> Tensor:
     """Set random stretches of time and mel bands of (batch, frames, n_mels) to zero (SpecAugment).
 
-    Features are batch-normalised, so that zero is their mean, as in the published code. Returns a new tensor.
+    Features are batch-normalised, so that zero is their mean, as in the published code. No mask is wider than
+    the clip. Returns a new tensor.
     """
     batch, frames, n_mels = features.shape
     keep = torch.ones(batch, frames, n_mels, dtype=features.dtype, device=features.device)
     for clip in keep:
         for _ in range(time_masks):
-            width = int(rng.integers(0, max_frames + 1))
+            width = int(rng.integers(0, min(max_frames, frames) + 1))
             start = int(rng.integers(0, frames - width + 1))
             clip[start : start + width] = 0
         for _ in range(mel_masks):
-            width = int(rng.integers(0, max_mels + 1))
+            width = int(rng.integers(0, min(max_mels, n_mels) + 1))
             start = int(rng.integers(0, n_mels - width + 1))
             clip[:, start : start + width] = 0
     return features * keep

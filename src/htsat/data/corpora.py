@@ -7,7 +7,7 @@ and its recordings are reported together in one ``DataError``.
 import csv
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +128,8 @@ def read_strong(folder: Path) -> list[Clip]:
         if unknown and len(corpus.problems) == before:
             corpus.problems.append(f"sources.tsv: no source of {_some(unknown)}")
     clips = [
-        Clip(folder / "audio" / name, tuple(sorted({e.event_label for e in e_)), tuple(e_), frozenset(folds[name]))
-        for name, e_ in events.items()
+        Clip(folder / "audio" / name, tuple(sorted({e.event_label for e in found})), tuple(found), frozenset(folds[name]))
+        for name, found in events.items()
     ]
     return corpus.checked(clips)
 

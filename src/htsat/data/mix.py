@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from htsat.config import _check
+from htsat.errors import ConfigError
 from htsat.events import Event
 
 Waveform = NDArray[np.float32]
@@ -53,6 +55,23 @@ class MixConfig:
     texture_max_seconds: float = 5.0
     """Longest stretch of a steady sound."""
 
+    def __post_init__(self) -> None:
+        _check("max_events", self.max_events, 1, 100)
+        _check("easy_scenes", self.easy_scenes, 0, 1_000_000_000)
+        _check("whole_clip", self.whole_clip, 0, 1)
+        _check("background", self.background, 0, 1)
+        _check("min_snr_db", self.min_snr_db, -60, 60)
+        _check("max_snr_db", self.max_snr_db, -60, 60)
+        _check("speed", self.speed, 0, 1)
+        _check("texture_min_seconds", self.texture_min_seconds, 0.01, 600)
+        _check("texture_max_seconds", self.texture_max_seconds, 0.01, 600)
+        for what, low, high in (
+            ("snr_db", self.min_snr_db, self.max_snr_db),
+            ("seconds of a texture", self.texture_min_seconds, self.texture_max_seconds),
+        ):
+            if low > high:
+                raise ConfigError(f"smallest {what} {low:g} is above the largest, {high:g}")
+
 
 class SceneMixer:
     """Makes scenes of ``seconds`` from sources and backgrounds.
@@ -64,6 +83,9 @@ class SceneMixer:
         seconds: length of a scene.
         seed: of all scenes.
         config: how scenes are made.
+
+    Raises:
+        ValueError: no sources, or one without samples or parts.
     """
 
     def __init__(
@@ -76,8 +98,12 @@ class SceneMixer:
         seed: int,
         config: MixConfig,
     ) -> None:
+        if not sources:
+            raise ValueError("a mixer needs at least one source")
         self._by_label: dict[str, list[Source]] = {}
         for source in sources:
+            if not len(source.waveform) or not source.parts:
+                raise ValueError(f"a source of {source.label!r} has no samples or no parts")
             self._by_label.setdefault(source.label, []).append(source)
         self._labels = sorted(self._by_label)
         self._backgrounds = list(backgrounds)
@@ -202,13 +228,16 @@ def token_targets(
     """Return framewise targets, (num_tokens, num_classes) in [0, 1].
 
     A token that an event fills at least half is 1; below, twice the filled share. The token
-    that holds most of an event is always 1, so that no short event is lost.
+    that holds most of an event is always 1, so that no short event is lost. Events after the last
+    token leave no mark.
     """
     targets = np.zeros((num_tokens, len(labels)), dtype=np.float32)
     edges = np.arange(num_tokens + 1) * token_seconds
     for event in events:
         overlap = np.minimum(edges[1:], event.offset) - np.maximum(edges[:-1], event.onset)
         share = np.clip(2 * overlap / token_seconds, 0, 1)
+        if overlap.max() <= 0:
+            continue
         share[int(np.argmax(overlap))] = 1.0
         column = targets[:, labels.index(event.event_label)]
         np.maximum(column, share, out=column)

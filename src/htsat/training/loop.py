@@ -3,12 +3,13 @@
 A run folder holds ``recipe.json`` (resolved), ``log.jsonl`` (one line per log interval),
 ``state.pt`` (to resume from), and at the end ``model.safetensors`` and ``report.json``.
 Scenes, augmentation and dropout of a step depend on the seed and the step alone, so that a
-resumed run goes on exactly as the uninterrupted one.
+resumed run goes on exactly as the uninterrupted one; lines of the log behind the resumed state are cut.
 """
 
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from htsat.config import CheckpointConfig
 from htsat.data.augment import random_equaliser, spec_augment
 from htsat.errors import CheckpointError, HtsatError, OutputError
 from htsat.formats import write_atomic
@@ -54,7 +54,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters: matrices and kernels decay; biases, norms and relative position tables do not."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         small = parameter.ndim < 2 or name.endswith("relative_position_bias_table")
         (rest if small else decay).append(parameter)
@@ -98,27 +99,35 @@ def train(
 
     Raises:
         OutputError: the run folder cannot be written, or already holds a run and ``resume`` is False.
-        CheckpointError: there is nothing to resume, or it belongs to another recipe.
+        CheckpointError: there is nothing to resume, it is damaged, or it belongs to another recipe.
         DataError, AudioError: the data are incomplete.
+        HtsatError: the gradient is no longer finite; the last saved state stays as it was.
     """
     config = recipe.train
     state_path, log_path = out / "state.pt", out / "log.jsonl"
     _open_run_folder(out, recipe, resume)
-    material = load_material(recipe, data, on_progress)
-
-    threads = torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    model = HTSAT(recipe.frontend, recipe.model).train()
-    model.set_prior(0.06)  # about the share of tokens that a class is on
-    average = HTSAT(recipe.frontend, recipe.model).eval()
-    average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-    start = _restore(state_path, model, average, optimizer) if resume else 0
-
-    saved = time.monotonic()
     try:
+        material = load_material(recipe, data, on_progress)
+    except BaseException:
+        if not resume:
+            # Nothing was trained: once the data are mended, the same command must work again.
+            (out / "recipe.json").unlink(missing_ok=True)
+        raise
+
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        model = HTSAT(recipe.frontend, recipe.model).train()
+        model.set_prior(0.06)  # about the share of tokens that a class is on
+        average = HTSAT(recipe.frontend, recipe.model).eval()
+        average.load_state_dict(model.state_dict())
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+        start = _restore(state_path, model, average, optimizer, config.steps) if resume else 0
+        _cut_log(log_path, start)
+
+        saved = time.monotonic()
         for step in range(start, config.steps):
             began = time.monotonic()
             waveforms, targets = _batch(recipe, material, step)
@@ -139,10 +148,12 @@ def train(
                 _, framewise = model.classify(model.encode(features))
             assert framewise is not None  # a recipe has classes
             loss = losses(model, framewise, targets, config)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
             if not math.isfinite(norm):
-                raise HtsatError(f"step {step}: the gradient is not finite; lower train.learning_rate and resume")
+                raise HtsatError(
+                    f"{out}: step {step + 1}: the gradient is not finite; begin a new run with a lower train.learning_rate"
+                )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
@@ -150,7 +161,8 @@ def train(
             _update_average(average, model, config.average_decay, step)
 
             seconds = time.monotonic() - began
-            told = Step(step + 1, config.steps, float(loss.detach()), norm, learning_rate(step, config), len(targets) / seconds)
+            rate = learning_rate(step, config)
+            told = Step(step + 1, config.steps, float(loss.detach()), norm, rate, len(targets) / seconds)
             on_step(told)
             _append(log_path, told)
             if time.monotonic() - saved > config.save_seconds or step + 1 == config.steps:
@@ -159,15 +171,11 @@ def train(
         report = score_held_out(average, recipe, material, on_progress)
     finally:
         torch.set_num_threads(threads)
+        torch.set_rng_state(random_state)
 
     write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
-    checkpoint = CheckpointConfig(
-        recipe.frontend,
-        recipe.model,
-        labels=recipe.data.labels,
-        decoding=recipe.decoding,
-        inference=recipe.inference,
-        provenance={"recipe": recipe.description, "steps": config.steps, "seed": config.seed, "report": report},
+    checkpoint = recipe.checkpoint(
+        {"recipe": recipe.description, "steps": config.steps, "seed": config.seed, "report": report}
     )
     save_checkpoint(out / "model.safetensors", average, checkpoint, dtype="float16")
     return out / "model.safetensors"
@@ -188,33 +196,58 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float, step: in
     decay = min(decay, (1 + step) / (10 + step))
     for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
         mine.lerp_(theirs, 1 - decay)
-    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        if mine.is_floating_point():
-            mine.lerp_(theirs, 1 - decay)
+    for buffer, new in zip(average.buffers(), model.buffers(), strict=True):
+        if buffer.is_floating_point():
+            buffer.lerp_(new, 1 - decay)
         else:
-            mine.copy_(theirs)
+            buffer.copy_(new)
 
 
 def _open_run_folder(out: Path, recipe: Recipe, resume: bool) -> None:
     recipe_path = out / "recipe.json"
     if resume:
         try:
-            kept = recipe_path.read_text(encoding="utf-8")
+            kept = recipe_path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             raise CheckpointError(f"{out}: nothing to resume: it holds no recipe.json; leave out --resume") from None
         if kept != recipe_json(recipe):
-            raise CheckpointError(f"{out}: holds a run of another recipe; resume it with that one, or choose another --out")
+            raise CheckpointError(
+                f"{out}: holds a run of another recipe{_difference(kept, recipe)}; "
+                "resume it with that one, or choose another --out"
+            )
         return
-    if recipe_path.exists():
-        raise OutputError(f"{out}: already holds a run; pass --resume to go on with it, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if any((out / name).exists() for name in ("recipe.json", "state.pt", "model.safetensors")):
+            raise OutputError(f"{out}: already holds a run; pass --resume to go on with it, or choose another --out")
     except OSError as error:
         raise OutputError(f"{out}: the run folder cannot be made: {error.strerror}; choose another --out") from None
     write_atomic(recipe_path, recipe_json(recipe))
 
 
-def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _difference(kept: str, recipe: Recipe) -> str:
+    """Return in which settings the recipe text of a run folder differs, if it can be told."""
+    try:
+        before, now = _flat(json.loads(kept)), _flat(json.loads(recipe_json(recipe)))
+    except (ValueError, RecursionError):
+        return ""
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    return f" (other {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _restore(
+    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> int:
+    """Load a saved state and return how many steps it has behind it."""
     if not path.exists():
         return 0  # stopped before the first save: the run begins again
     try:
@@ -222,9 +255,19 @@ def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be resumed: {error}") from None
+        step = int(state["step"])
+        if not 0 <= step <= steps:
+            raise ValueError(f"step {step} of {steps}")
+        return step
+    # Whatever a damaged file makes of the reader; the remedy is the same.
+    except (
+        OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be resumed: the file is damaged ({reason}); "
+            "delete it and pass --resume to begin this run again"
+        ) from None
 
 
 def _save_state(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -246,6 +289,27 @@ def _save_state(path: Path, model: nn.Module, average: nn.Module, optimizer: tor
         raise OutputError(f"{path}: the training state cannot be saved: {error}; free space and use --resume") from None
 
 
+def _cut_log(path: Path, steps: int) -> None:
+    """Keep the first lines of the log, up to step ``steps``: what came after the saved state is made again."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            whole = line.endswith("\n") and json.loads(line)["step"] == number
+        except (ValueError, TypeError, LookupError):
+            whole = False
+        if not whole or number > steps:
+            break
+        kept.append(line)
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(kept))
+
+
 def _append(path: Path, step: Step) -> None:
     record = {
         "step": step.step,
@@ -254,5 +318,10 @@ def _append(path: Path, step: Step) -> None:
         "learning_rate": step.learning_rate,
         "scenes_per_second": round(step.scenes_per_second, 2),
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}; free space and use --resume"
+        ) from None

@@ -1,20 +1,22 @@
 """From corpora on disk to decoded training material in memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from htsat.audio.resample import read_audio
-from htsat.data.corpora import Clip, read_esc, read_keywords, read_strong, read_unlabelled
+from htsat.data.corpora import Clip, listed, read_esc, read_keywords, read_strong, read_unlabelled
 from htsat.data.mix import SceneMixer, Source, token_targets
-from htsat.errors import DataError
+from htsat.errors import DataError, nearest
 from htsat.events import Event
 from htsat.training.recipe import Recipe
 
 Waveform = NDArray[np.float32]
+#: fewest and most keywords that are joined to one utterance
+KEYWORDS_PER_UTTERANCE = (3, 6)
 #: called with a line for people and the share done in [0, 1]
 Progress = Callable[[str, float], None]
 
@@ -30,7 +32,7 @@ class Soundscape:
     @property
     def waveform(self) -> Waveform:
         """Samples as float32."""
-        return self.samples.astype(np.float32) / 32767
+        return self.samples.astype(np.float32) / np.float32(32767)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,28 +58,37 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     Nothing of the test fold enters the training material: neither its clips nor a mixture with a part of it.
 
     Raises:
-        DataError: a corpus is missing or incomplete, or holds labels that the recipe does not know.
+        DataError: a corpus is missing or incomplete, or holds labels that the recipe does not know; with the
+            problems of all of them.
         AudioError: a recording cannot be decoded.
     """
     data, rate = recipe.data, recipe.frontend.sample_rate
-    esc = read_esc(root / data.esc)
-    soundscapes = read_strong(root / data.soundscapes) if data.soundscapes else []
-    test_soundscapes = read_strong(root / data.soundscapes_test) if data.soundscapes_test and data.test_fold else []
-    backgrounds = read_unlabelled(root / data.backgrounds)
-    keywords = read_keywords(root / data.speech, "train") if data.speech else []
-    esc = [clip for clip in esc if clip.labels[0] in data.labels]
-    known = {label for clip in esc for label in clip.labels} | ({"speech"} if keywords else set())
-    lacking = [label for label in data.labels if label not in known]
-    if lacking:
-        raise DataError(f"{root}: no recordings of {', '.join(lacking)} in {data.esc}")
-    strange = {label for clip in soundscapes + test_soundscapes for label in clip.labels} - set(data.labels)
-    if strange:
-        raise DataError(f"{root}: the soundscapes hold classes that the recipe lacks: {', '.join(sorted(strange))}")
+    problems: list[str] = []
 
+    def read(reader: Callable[..., list[Clip]], folder: str | None, *split: str) -> list[Clip]:
+        try:
+            return reader(root / folder, *split) if folder else []
+        except DataError as error:
+            problems.append(str(error))
+            return []
+
+    esc = read(read_esc, data.esc)
+    soundscapes = read(read_strong, data.soundscapes)
+    test_soundscapes = read(read_strong, data.soundscapes_test if data.test_fold else None)
+    backgrounds = read(read_unlabelled, data.backgrounds)
+    keywords = read(read_keywords, data.speech, "train")
+
+    folds = sorted({fold for clip in esc for fold in clip.folds})
+    esc = [clip for clip in esc if clip.labels[0] in data.labels]
     train = [clip for clip in esc if data.test_fold not in clip.folds]
     test = [clip for clip in esc if data.test_fold in clip.folds]
-    if data.test_fold and not test:
-        raise DataError(f"{root / data.esc}: fold {data.test_fold} has no clips")
+    if not problems:
+        problems += _contradictions(recipe, root, train, soundscapes + test_soundscapes, keywords)
+        if data.test_fold and not test:
+            known = ", ".join(map(str, folds))
+            problems.append(f"{root / data.esc}: no clips of the test fold {data.test_fold}; there are folds {known}")
+    if problems:
+        raise DataError(listed(problems))
     soundscapes = [clip for clip in soundscapes if data.test_fold not in clip.folds]
     test_soundscapes = [clip for clip in test_soundscapes if clip.folds == {data.test_fold}]
 
@@ -117,13 +128,43 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     )
 
 
+def _contradictions(
+    recipe: Recipe, root: Path, train: list[Clip], soundscapes: list[Clip], keywords: list[Clip]
+) -> list[str]:
+    """Return what is wrong between the corpora and the recipe."""
+    data = recipe.data
+    problems = []
+    lacking = set(data.labels) - {clip.labels[0] for clip in train} - ({"speech"} if keywords else set())
+    if lacking:
+        rest = f" beside the test fold {data.test_fold}" if data.test_fold else ""
+        names = ", ".join(label for label in data.labels if label in lacking)
+        problems.append(f"{root / data.esc}: no recordings of {names}{rest}")
+    if 0 < len(keywords) < KEYWORDS_PER_UTTERANCE[1]:
+        problems.append(
+            f"{root / str(data.speech)}: {len(keywords)} keywords to train on; "
+            f"expected at least {KEYWORDS_PER_UTTERANCE[1]}, which one utterance may need"
+        )
+    strange = {label for clip in soundscapes for label in clip.labels} - set(data.labels)
+    if strange:
+        near = nearest(min(strange), data.labels)
+        problems.append(f"{root}: the soundscapes hold classes that the recipe lacks: {', '.join(sorted(strange))}{near}")
+    unknown = [clip.path.name for clip in soundscapes if clip.events and not clip.folds]
+    if data.test_fold and unknown:
+        problems.append(
+            f"{unknown[0]} and {len(unknown) - 1} other soundscapes may hold recordings of the test fold: "
+            "add sources.tsv, or set data.test_fold = 0"
+        )
+    return problems
+
+
 def utterances(keywords: list[Waveform], rate: int, seed: int) -> list[Source]:
     """Join spoken keywords, cut to their loud part, three to six at a time with short pauses between them."""
     rng = np.random.default_rng((seed, len(keywords)))
     spoken = [loud_part(waveform, rate) for waveform in keywords]
     sources = []
-    while len(spoken) >= 6:
-        count = int(rng.integers(3, 7))
+    least, most = KEYWORDS_PER_UTTERANCE
+    while len(spoken) >= most:
+        count = int(rng.integers(least, most + 1))
         pieces = []
         for waveform in spoken[:count]:
             rms = float(np.sqrt(np.mean(waveform**2))) + 1e-9
@@ -137,6 +178,8 @@ def utterances(keywords: list[Waveform], rate: int, seed: int) -> list[Source]:
 def loud_part(waveform: Waveform, rate: int, below_peak_db: float = 30.0) -> Waveform:
     """Cut a waveform to the stretch between the first and the last 20 ms within ``below_peak_db`` of the loudest."""
     step = round(0.02 * rate)
+    if len(waveform) < step:
+        return waveform
     frames = waveform[: len(waveform) // step * step].reshape(-1, step)
     power = np.mean(frames**2, axis=1)
     loud = np.flatnonzero(power > power.max() * 10 ** (-below_peak_db / 10))
@@ -153,7 +196,12 @@ def training_scene(recipe: Recipe, material: Material, index: int) -> tuple[Wave
     if material.soundscapes and rng.random() < recipe.train.soundscape_share:
         soundscape = material.soundscapes[rng.integers(len(material.soundscapes))]
         waveform = np.pad(soundscape.waveform[:chunk], (0, max(0, chunk - len(soundscape.samples))))
-        events = list(soundscape.events)
+        # Only what the chunk holds: an event behind its end would be turned to a place where nothing sounds.
+        events = [
+            replace(event, offset=min(event.offset, recipe.model.chunk_seconds))
+            for event in soundscape.events
+            if event.onset < recipe.model.chunk_seconds
+        ]
         # Turning the recording around a random point is as natural a mixture, and a new one.
         turn = int(rng.integers(chunk))
         waveform = np.roll(waveform, turn) * np.float32(10 ** rng.uniform(-0.5, 0.3))
@@ -167,12 +215,19 @@ def training_scene(recipe: Recipe, material: Material, index: int) -> tuple[Wave
 
 
 def turned(events: list[Event], by: float, duration: float) -> list[Event]:
-    """Return events of a recording of ``duration`` seconds turned forward by ``by`` seconds, cut at the end."""
+    """Return events of a recording of ``duration`` seconds turned forward by ``by`` seconds, cut at the end.
+
+    Args:
+        events: inside 0 to ``duration``.
+        by: at least 0, less than ``duration``; seconds.
+        duration: seconds.
+    """
     out = []
     for event in events:
         onset, offset = event.onset + by, event.offset + by
-        pieces = [(onset, min(offset, duration)), (0.0, offset - duration)] if onset < duration else [
-            (onset - duration, offset - duration)
-        ]
+        if onset < duration:
+            pieces = [(onset, min(offset, duration)), (0.0, offset - duration)]
+        else:
+            pieces = [(onset - duration, offset - duration)]
         out += [Event(event.event_label, a, b) for a, b in pieces if b - a > 1e-3]
     return out

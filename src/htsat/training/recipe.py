@@ -7,7 +7,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from htsat.config import DecodingConfig, FrontendConfig, InferenceConfig, ModelConfig, _check, from_dict, to_dict
+from htsat.config import (
+    CheckpointConfig,
+    DecodingConfig,
+    FrontendConfig,
+    InferenceConfig,
+    ModelConfig,
+    _check,
+    from_dict,
+    to_dict,
+)
 from htsat.data.mix import MixConfig
 from htsat.errors import ConfigError, nearest
 
@@ -36,6 +45,7 @@ class DataConfig:
             raise ConfigError("labels must name at least one class")
         if self.speech is not None and "speech" not in self.labels:
             raise ConfigError("labels lacks 'speech', which the speech recordings are for")
+        _check("test_fold", self.test_fold, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check("steps", self.steps, 1, 10_000_000)
         _check("batch_size", self.batch_size, 1, 65536)
+        _check("seed", self.seed, 0, 2**32 - 1)
         _check("learning_rate", self.learning_rate, 0, 10)
         _check("warmup", self.warmup, 0, 1)
         _check("weight_decay", self.weight_decay, 0, 10)
         _check("clip_norm", self.clip_norm, 1e-6, 1e6)
         _check("average_decay", self.average_decay, 0, 1)
         _check("soundscape_share", self.soundscape_share, 0, 1)
+        for weight in ("strong_weight", "weak_weight", "single_weight"):
+            _check(weight, getattr(self, weight), 0, 1e6)
+        _check("equaliser_db", self.equaliser_db, 0, 60)
+        for size in ("time_masks", "max_frames", "mel_masks", "max_mels"):
+            _check(size, getattr(self, size), 0, 10_000)
+        _check("save_seconds", self.save_seconds, 0, 1e9)
         _check("threads", self.threads, 0, 1024)
 
 
@@ -114,6 +131,19 @@ class Recipe:
             raise ConfigError(
                 f"data.labels names {len(self.data.labels)} classes but model.num_classes is {self.model.num_classes}"
             )
+        # Holds the checks that involve several sections: to fail now, not when the trained model is to be saved.
+        self.checkpoint({})
+
+    def checkpoint(self, provenance: dict[str, Any]) -> CheckpointConfig:
+        """Return the configuration of the checkpoints of this run."""
+        return CheckpointConfig(
+            self.frontend,
+            self.model,
+            labels=self.data.labels,
+            decoding=self.decoding,
+            inference=self.inference,
+            provenance=provenance,
+        )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -146,7 +176,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one ``section.key=value`` in nested tables; the value is TOML, or else a plain string."""
-    key, equals, text = override.partition("=")
+    key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. train.steps=500")
     try:

@@ -33,7 +33,8 @@ def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: P
         progress("scoring soundscapes", 0.5)
         estimated = detect_soundscapes(model, recipe, material.test_soundscapes)
         reference = {s.name: list(s.events) for s in material.test_soundscapes}
-        scored = [label for label in recipe.data.labels if any(e.event_label == label for r in reference.values() for e in r)]
+        present = {event.event_label for events in reference.values() for event in events}
+        scored = [label for label in recipe.data.labels if label in present]
         report["soundscapes"] = len(reference)
         report["intersection_macro_f1"] = intersection_based(reference, estimated, labels=scored).macro_f1
         report["event_based_macro_f1"] = event_based(reference, estimated, labels=scored).macro_f1
@@ -66,7 +67,8 @@ def detect_soundscapes(model: HTSAT, recipe: Recipe, soundscapes: Sequence[Sound
             waveform = torch.from_numpy(soundscape.waveform[: model.chunk_samples]).unsqueeze(0)
             logits = model(waveform).framewise_logits
         assert logits is not None
-        grid = FrameGrid.uniform(recipe.model.chunk_seconds / model.num_tokens, waveform.shape[1] / recipe.frontend.sample_rate)
+        duration = waveform.shape[1] / recipe.frontend.sample_rate
+        grid = FrameGrid.uniform(recipe.model.chunk_seconds / model.num_tokens, duration)
         posteriors = logits[0].sigmoid().numpy()
         estimated[soundscape.name] = decode_events(posteriors, grid.boundaries, recipe.data.labels, recipe.decoding)
     return estimated

@@ -1,6 +1,7 @@
 """Event tables: hand-written texts, round trips, and what a reader must refuse."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import shared
 
-from htsat import formats
 from htsat.errors import DataError, OutputError, UsageError
 from htsat.events import Event, Tag
+from htsat.files import write_atomic
 from htsat.formats import (
     FORMATS,
     Detections,
@@ -22,7 +23,6 @@ from htsat.formats import (
     format_tags,
     parse_events,
     read_events,
-    write_atomic,
 )
 
 STREET = Detections(
@@ -540,12 +540,12 @@ def test_write_errors_name_path_reason_and_remedy(tmp_path):
 def test_a_failure_on_the_way_leaves_the_old_file(tmp_path, monkeypatch, step, code, words):
     path = tmp_path / "out.tsv"
     path.write_text("old")
-    number = getattr(formats.errno, code)
+    number = getattr(errno, code)
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(formats.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(OutputError, match=words):
         write_atomic(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["out.tsv"]
@@ -554,7 +554,7 @@ def test_a_failure_on_the_way_leaves_the_old_file(tmp_path, monkeypatch, step, c
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(formats.os, step, interrupt)
+    monkeypatch.setattr(os, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["out.tsv"]

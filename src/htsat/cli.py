@@ -1,15 +1,18 @@
 """The ``htsat`` command.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 every input succeeded, 1 some
-failed (each is named), 2 wrong usage. Nothing heavy is imported until a command needs it.
+failed (each is named), 2 wrong usage, 130 interrupted. Every expected failure is one line. Nothing
+heavy is imported until a command needs it.
 """
 
-import contextlib
+import functools
+import io
 import json
 import os
 import sys
-import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,13 +23,13 @@ from htsat import __version__
 from htsat.errors import AudioError, ConfigError, HtsatError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from htsat.config import DecodingConfig, InferenceConfig
+    from htsat.config import DecodingConfig
+    from htsat.formats import Detections
     from htsat.predict import Prediction, Predictor
 
 app = typer.Typer(
     name="htsat",
     help="Name what sounds in a recording, and say when. Start with: htsat detect RECORDING",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,26 +70,35 @@ Inputs = Annotated[
     list[str],
     typer.Argument(metavar="FILE|FOLDER...", help="Recordings, folders of recordings, patterns, or - for stdin."),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="A name (see htsat models), a checkpoint, or hf://owner/repo.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A name (see htsat models), a checkpoint, or hf://owner/repo.")
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="PyTorch's choice")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="PyTorch's choice")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="10-second chunks per pass of the network.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloaded models are kept; also HTSAT_CACHE.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of the model hub; also HTSAT_ENDPOINT.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download; also HTSAT_OFFLINE=1.")]
 ShortOption = Annotated[
-    Short | None, typer.Option(help="Recordings under 10 s: followed by silence, or repeated.", show_default="the model's")
+    Short | None,
+    typer.Option(help="Recordings under 10 s: followed by silence, or repeated.", show_default="the model's"),
 ]
 Truncated = Annotated[bool, typer.Option("--allow-truncated", help="Use what is left of truncated recordings.")]
 
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         print(f"htsat {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -98,7 +110,8 @@ def tag(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result to a file.")] = None,
     model: Model = "default",
     pooling: Annotated[
-        Pooling | None, typer.Option(help="Recordings over 10 s: pool their chunks by this rule.", show_default="the model's")
+        Pooling | None,
+        typer.Option(help="Recordings over 10 s: pool their chunks by this rule.", show_default="the model's"),
     ] = None,
     short: ShortOption = None,
     device: Device = "auto",
@@ -110,22 +123,29 @@ def tag(
     allow_truncated: Truncated = False,
 ) -> None:
     """Say what sounds in each recording: its most probable labels."""
-    from htsat.formats import format_tags, write_atomic
+    from htsat.files import write_atomic
+    from htsat.formats import format_tags
 
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other; give one")
     format = "json" if as_json else "csv" if as_csv else "table"
+    run = _Run(inputs)
+    if out is not None:
+        run.check_target(out)
     predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling)
     results = []
-    with _Run(inputs) as run:
+    with run:
         try:
             for _, prediction in run.predictions(predictor, spectrogram=False, allow_truncated=allow_truncated):
-                results.append(prediction.top_tags(top))
                 if format == "table" and out is None:
-                    run.show(format_tags([results.pop()], "table"))
+                    run.show(format_tags([prediction.top_tags(top)], "table"))
+                else:
+                    results.append(prediction.top_tags(top))
         finally:  # also when interrupted: what is done is not lost
-            if format != "table" or out is not None:
-                run.deliver(lambda: format_tags(results, format), out, write_atomic)
+            if out is not None:
+                run.write(out, lambda path: write_atomic(path, format_tags(results, format)))
+            elif format != "table":
+                run.show(format_tags(results, format))
 
 
 @app.command()
@@ -137,7 +157,9 @@ def detect(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="PNG|DIR", help="Draw spectrogram, events and posteriors; a folder for several recordings."),
+        typer.Option(
+            metavar="PNG|DIR", help="Draw spectrogram, events and posteriors; a folder for several recordings."
+        ),
     ] = None,
     model: Model = "default",
     threshold: Annotated[
@@ -145,7 +167,9 @@ def detect(
     ] = None,
     threshold_off: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Posterior down to which it goes on.", show_default="the model's, or --threshold"),
+        typer.Option(
+            min=0, max=1, help="Posterior down to which it goes on.", show_default="the model's, or --threshold"
+        ),
     ] = None,
     median: Annotated[
         float | None, typer.Option(min=0, max=60, help="Seconds of median filter.", show_default="the model's")
@@ -154,7 +178,8 @@ def detect(
         float | None, typer.Option(min=0, max=600, help="Drop shorter events (s).", show_default="the model's")
     ] = None,
     min_gap: Annotated[
-        float | None, typer.Option(min=0, max=600, help="Join events with smaller gaps (s).", show_default="the model's")
+        float | None,
+        typer.Option(min=0, max=600, help="Join events with smaller gaps (s).", show_default="the model's"),
     ] = None,
     short: ShortOption = None,
     device: Device = "auto",
@@ -166,49 +191,64 @@ def detect(
     allow_truncated: Truncated = False,
 ) -> None:
     """Say what sounds when in each recording: events with onset and offset in seconds."""
-    from htsat.formats import FORMATS, format_events, write_atomic
+    from htsat.formats import FORMATS, format_events
+    from htsat.plot import PICTURE_ENDINGS
 
     name = str(format)
+    ending = (FORMATS[name].endings or (".txt",))[0]
+    run = _Run(inputs)
+    if FORMATS[name].single and run.several and out is None:
+        raise UsageError(f"--format {name} holds one recording; give --out DIR to write one file for each")
+    if out is not None:
+        run.check_folder(out)
+    one_picture = plot is not None and plot.suffix != "" and not plot.is_dir()
+    if plot is not None and one_picture:
+        if plot.suffix.lower() not in PICTURE_ENDINGS:
+            raise UsageError(f"--plot {plot}: expected a picture ending in {', '.join(PICTURE_ENDINGS)}, or a folder")
+        if run.several:
+            raise UsageError(f"--plot {plot}: give a folder to draw several recordings")
+        run.check_target(plot)
+    elif plot is not None:
+        run.check_folder(plot)
     predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, None)
     predictor.config = _with_decoding(
         predictor.config, threshold=threshold, threshold_off=threshold_off,
         median_seconds=median, min_duration=min_duration, min_gap=min_gap,
     )  # fmt: skip
-    ending = (FORMATS[name].endings or (".txt",))[0]
+    at_once = name in ("table", "jsonl")  # formats whose recordings simply follow each other
     results = []
-    with _Run(inputs) as run:
-        several = run.several
-        if FORMATS[name].single and several and out is None:
-            raise UsageError(f"--format {name} holds one recording; give --out DIR to write one file for each")
-        if plot is not None and several and plot.suffix:
-            raise UsageError(f"--plot {plot}: give a folder to draw several recordings")
+    with run:
         try:
             for stem, prediction in run.predictions(
                 predictor, spectrogram=plot is not None, allow_truncated=allow_truncated
             ):
-                if plot is not None:
-                    run.write(plot if plot.suffix else plot / f"{stem}.png", prediction.save_plot)
+                # The table first: a picture that fails does not lose it.
                 if out is not None:
-                    text = format_events([prediction.detections], name)
-                    run.write(out / f"{stem}{ending}", lambda path, text=text: write_atomic(path, text))
-                elif name in ("table", "jsonl"):
+                    run.write(out / f"{stem}{ending}", functools.partial(_save, prediction.detections, name))
+                elif at_once:
                     run.show(format_events([prediction.detections], name))
                 else:
                     results.append(prediction.detections)
+                if plot is not None:
+                    run.write(plot if one_picture else plot / f"{stem}.png", prediction.save_plot)
         finally:  # also when interrupted: what is done is not lost
-            if out is None and name not in ("table", "jsonl") and (results or not FORMATS[name].single):
-                run.deliver(lambda: format_events(results, name), None, write_atomic)
+            if out is None and not at_once and (results or not FORMATS[name].single):
+                run.show(format_events(results, name))
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Published weights (.ckpt, .pt, .pth, .bin, .safetensors).")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Published weights (.ckpt, .pt, .pth, .bin, .safetensors).")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to write (.safetensors).")],
     labels: Annotated[
         str | None,
         typer.Option(help="Label set (audioset, esc50, speech_commands_v2, desed) or a file with one label a line."),
     ] = None,
-    sample_rate: Annotated[int | None, typer.Option(help="Hz that the weights expect.", show_default="inferred")] = None,
+    sample_rate: Annotated[
+        int | None, typer.Option(help="Hz that the weights expect.", show_default="inferred")
+    ] = None,
     hop_length: Annotated[
         int | None, typer.Option(help="Samples between log-mel frames.", show_default="inferred")
     ] = None,
@@ -245,7 +285,9 @@ def models(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, a checkpoint, or hf://owner/repo.")] = "default",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A name, a checkpoint, or hf://owner/repo.")
+    ] = "default",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache_dir: CacheDir = None,
     endpoint: Endpoint = None,
@@ -330,11 +372,12 @@ def _predictor(
     )
     if not predictor.labels:
         raise UsageError(f"model {model!r} has no classes, it gives embeddings only; choose another (htsat models)")
-    changes = {"short": short, "clip_pooling": pooling}
-    changed: InferenceConfig = dataclasses.replace(
-        predictor.config.inference, **{key: str(value) for key, value in changes.items() if value is not None}
-    )
-    predictor.config = dataclasses.replace(predictor.config, inference=changed)
+    inference = predictor.config.inference
+    if short is not None:
+        inference = dataclasses.replace(inference, short=short.value)
+    if pooling is not None:
+        inference = dataclasses.replace(inference, clip_pooling=pooling.value)
+    predictor.config = dataclasses.replace(predictor.config, inference=inference)
     return predictor
 
 
@@ -352,6 +395,27 @@ def _with_decoding(config: Any, **settings: float | None) -> Any:
         raise UsageError(f"these settings do not go together: {error}") from None
 
 
+def _save(detections: "Detections", format: str, path: Path) -> None:
+    """Write the events of one recording."""
+    from htsat.files import write_atomic
+    from htsat.formats import format_events
+
+    write_atomic(path, format_events([detections], format))
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A recording to be read.
+
+    Attributes:
+        stem: relative path, without ending, of the files that are made of it; no two inputs share one.
+        source: the recording; None: stdin; an error: it cannot be found.
+    """
+
+    stem: str
+    source: Path | AudioError | None
+
+
 class _Run:
     """The inputs of one command: expands them, goes on after failures and counts them.
 
@@ -359,20 +423,27 @@ class _Run:
     """
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        from htsat.audio.decode import find_audio
-
-        self._items: list[tuple[str, Path | AudioError]] = []  # name of the output, what to read
+        self._items: list[_Input] = []
         taken: set[str] = set()
+        seen: set[Path] = set()
+        several_folders = sum(map(os.path.isdir, inputs)) > 1
         for given in inputs:
             if given == "-":
-                self._items.append((_free("stdin", "", taken), Path("-")))
+                self._items.append(_Input(_free("stdin", "", taken), None))
                 continue
-            for found in find_audio([given]):
+            for found in _find(given):
                 if isinstance(found, AudioError):
-                    self._items.append(("", found))
+                    self._items.append(_Input("", found))
                     continue
-                below = found.relative_to(given) if Path(given).is_dir() else Path(found.name)
-                self._items.append((_free(str(below.with_suffix("")), below.suffix, taken), found))
+                if found in seen:
+                    continue
+                seen.add(found)
+                below = Path(found.name)
+                if os.path.isdir(given):  # noqa: PTH112 - Path.is_dir raises on names that are too long
+                    below = found.relative_to(given)
+                    if several_folders:  # 0600.wav of Monday is not 0600.wav of Tuesday
+                        below = Path(given).resolve().name / below
+                self._items.append(_Input(_free(str(below.with_suffix("")), below.suffix, taken), found))
         self._failed = 0
         self._progress = _Progress()
 
@@ -381,44 +452,62 @@ class _Run:
         """Whether more than one recording is to be read."""
         return len(self._items) > 1
 
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder for results that cannot be made or written, before hours are spent on them."""
+        for place in (folder, *folder.parents):
+            if os.path.lexists(place):
+                if not place.is_dir():
+                    raise OutputError(f"{place}: is not a folder; choose another place for the results")
+                if not os.access(place, os.W_OK | os.X_OK):
+                    raise OutputError(f"{place}: no permission to write there; choose another place for the results")
+                return
+
+    def check_target(self, path: Path) -> None:
+        """Refuse a file for results that cannot be written or that is an input."""
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; give the name of a file")
+        self.check_folder(path.parent)
+        for item in self._items:
+            if isinstance(item.source, Path) and path.exists() and item.source.exists() and path.samefile(item.source):
+                raise UsageError(f"{path}: is a recording to be read; writing the result there would destroy it")
+
     def __enter__(self) -> "_Run":
-        self._progress.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._progress.__exit__(None, None, None)
+        self._progress.clear()
         if kind is None and self._failed:
             if self.several:
-                print(f"htsat: {self._failed} of {len(self._items)} inputs failed", file=sys.stderr)
+                _tell(f"{self._failed} of {len(self._items)} inputs failed")
             raise typer.Exit(1)
 
     def predictions(
         self, predictor: "Predictor", *, spectrogram: bool, allow_truncated: bool
     ) -> "Iterator[tuple[str, Prediction]]":
         """Yield (name of the output, prediction) of every recording that can be read, telling of the others."""
-        for number, (stem, item) in enumerate(self._items):
+        for number, item in enumerate(self._items):
+            shown = "stdin" if item.source is None else str(item.source)
             try:
-                if isinstance(item, AudioError):
-                    raise item
-                shown = f"[{number + 1}/{len(self._items)}] {item}" if self.several else str(item)
-
-                def on_progress(done: float, duration: float | None, shown: str = shown, number: int = number) -> None:
-                    share = min(1.0, done / duration) if duration else 0.0
-                    self._progress.update(f"{shown}  {done:.0f} s", (number + share) / len(self._items))
-
-                with _stdin() if item == Path("-") else contextlib.nullcontext(item) as source:
-                    yield (
-                        stem,
-                        predictor.predict(
-                            source,
-                            name="stdin" if item == Path("-") else None,
-                            spectrogram=spectrogram,
-                            allow_truncated=allow_truncated,
-                            on_progress=on_progress,
-                        ),
-                    )
+                if isinstance(item.source, AudioError):
+                    raise item.source
+                prediction = predictor.predict(
+                    _stdin() if item.source is None else item.source,
+                    name="stdin" if item.source is None else None,
+                    spectrogram=spectrogram,
+                    allow_truncated=allow_truncated,
+                    on_progress=functools.partial(self._on_progress, number, shown),
+                )
             except AudioError as error:
-                self.fail(error)
+                self.fail(str(error))
+            except MemoryError:
+                self.fail(f"{shown}: not enough memory; try a smaller --batch-size, or --device cpu")
+            else:
+                yield item.stem, prediction
+
+    def _on_progress(self, number: int, shown: str, done: float, duration: float | None) -> None:
+        share = min(1.0, done / duration) if duration else 0.0
+        count = f"[{number + 1}/{len(self._items)}] " if self.several else ""
+        self._progress.update(f"{count}{shown}  {done:.0f} s", (number + share) / len(self._items))
 
     def write(self, path: Path, writer: Callable[[Path], None]) -> None:
         """Write one result file, making its folder; a failure counts and the run goes on."""
@@ -430,15 +519,8 @@ class _Run:
                     f"{path.parent}: the folder cannot be made ({error.strerror}); choose another"
                 ) from None
             writer(path)
-        except OutputError as error:
-            self.fail(error)
-
-    def deliver(self, text: Callable[[], str], path: Path | None, write: Callable[[Path, str], None]) -> None:
-        """Give the collected result to a file or to stdout."""
-        if path is None:
-            self.show(text())
-        else:
-            write(path, text())
+        except HtsatError as error:
+            self.fail(str(error))
 
     def show(self, text: str) -> None:
         """Print to stdout, below the progress line."""
@@ -446,36 +528,51 @@ class _Run:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    def fail(self, error: HtsatError) -> None:
+    def fail(self, message: str) -> None:
         """Tell of a failure and count it."""
         self._progress.clear()
-        print(f"htsat: {error}", file=sys.stderr)
+        _tell(message)
         self._failed += 1
+
+
+def _find(given: str) -> "Iterator[Path | AudioError]":
+    """Expand one argument; see ``find_audio``."""
+    from htsat.audio.decode import find_audio
+
+    try:
+        yield from find_audio([given])
+    except OSError as error:
+        yield AudioError(f"{given}: cannot be looked at ({error.strerror}); check the path and its permissions")
 
 
 def _free(stem: str, suffix: str, taken: set[str]) -> str:
     """Return a name for an output that no other input has: the stem, with its suffix or a number where needed."""
-    candidates = [stem, stem + suffix, *(f"{stem}{suffix}-{i}" for i in range(2, 1_000_000))]
-    name = next(c for c in candidates if c not in taken)
-    taken.add(name)
+    candidates = [stem, stem + suffix, *(f"{stem}{suffix}-{i}" for i in range(2, len(taken) + 3))]
+    # Some file systems take names that differ in case for one.
+    name = next(c for c in candidates if c.casefold() not in taken)
+    taken.add(name.casefold())
     return name
 
 
-@contextlib.contextmanager
-def _stdin() -> Iterator[Path]:
-    """Copy stdin to a temporary file: decoders need to seek."""
-    with tempfile.NamedTemporaryFile(prefix="htsat-stdin-") as file:
-        while piece := sys.stdin.buffer.read(1 << 20):
-            file.write(piece)
-        file.flush()
-        yield Path(file.name)
+def _stdin() -> Any:
+    """Return stdin as a binary file object.
+
+    Raises:
+        AudioError: there is none, or it is the keyboard.
+    """
+    if sys.stdin is None:
+        raise AudioError("stdin: is closed; direct a recording to it: htsat detect - < recording.wav")
+    if sys.stdin.isatty():
+        raise AudioError("stdin: is the keyboard; direct a recording to it: htsat detect - < recording.wav")
+    return sys.stdin.buffer
 
 
 class _Progress:
     """One line on stderr that is rewritten; on something other than a terminal, nothing or a line now and then."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
+        self._bar = "█░" if self._live and "utf" in (sys.stderr.encoding or "").lower() else "#-"
         self._drawn = False
         self._count = 0
 
@@ -489,10 +586,13 @@ class _Progress:
         """Show a line and a bar; without a terminal every ``every``-th line, or none if 0."""
         self._count += 1
         if self._live:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
-            text = f"{bar} {share:4.0%}  {line}"[: width - 1]
-            sys.stderr.write(f"\r\x1b[2K{text}")
+            try:
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            except OSError:
+                columns = 80
+            done = round(20 * share)
+            text = f"{self._bar[0] * done}{self._bar[1] * (20 - done)} {share:4.0%}  {_one_line(line)}"
+            sys.stderr.write(f"\r\x1b[2K{_cut(text, columns - 1)}")
             sys.stderr.flush()
             self._drawn = True
         elif every and self._count % every == 0:
@@ -506,23 +606,80 @@ class _Progress:
             self._drawn = False
 
 
+def _cut(text: str, columns: int) -> str:
+    """Return as much of ``text`` as fits a terminal's line, where East Asian characters take two columns."""
+    used = 0
+    for i, character in enumerate(text):
+        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used > columns:
+            return text[:i]
+    return text
+
+
+def _one_line(text: str) -> str:
+    """Return ``text`` without line breaks and escape sequences, which names of files may hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _tell(message: str) -> None:
+    """Print one line to stderr."""
+    print(f"htsat: {_one_line(' '.join(message.splitlines()))}", file=sys.stderr)
+
+
+#: what Typer raises for wrong usage; which package defines it depends on Typer's version
+_ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def main() -> None:
-    """Run the command; every expected failure is one line on stderr."""
+    """Run the command and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may hold what the encoding of stdout does not; in JSON the escape is even exact.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
-    except UsageError as error:
-        print(f"htsat: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _dispatch()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left
+        code = 1
+        _drop_stdout()
+    except OSError as error:
+        # Those of files are turned into our own errors where they occur, so this is a full disk behind stdout.
+        _tell(f"{error.filename or 'stdout'}: cannot be read or written ({error.strerror or error}); check the disk")
+        code = 1
+        _drop_stdout()
+    sys.exit(code)
+
+
+def _dispatch() -> int:
+    """Run the command line and return its exit code; every expected failure is one line on stderr."""
+    try:
+        # Not standalone: exit codes are returned and wrong usage is raised, for us to print as one line.
+        code = int(app(prog_name="htsat", standalone_mode=False) or 0)
     except HtsatError as error:
-        print(f"htsat: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("htsat: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # whoever read our output has left; say nothing, and keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _tell(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    except MemoryError as error:
+        _tell(f"not enough memory ({error}); close other programs or use a smaller model")
+        return 1
+    except _ClickError as error:
+        _tell(_usage_message(error))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        _tell("interrupted")
+    return code
+
+
+def _usage_message(error: Any) -> str:
+    """Return Typer's words for wrong usage as one sentence of ours."""
+    text = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    command = getattr(getattr(error, "ctx", None), "command_path", "htsat")
+    return f"{text[:1].lower()}{text[1:]}; see {command} --help"
+
+
+def _drop_stdout() -> None:
+    """Keep Python from complaining at exit about output that nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

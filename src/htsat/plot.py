@@ -6,9 +6,8 @@ streams by; ``save_plot`` draws. NumPy alone does the first; Matplotlib (``pip i
 Matplotlib is read or changed and threads may draw at once.
 """
 
-import contextlib
+import io
 import os
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +19,7 @@ from htsat.audio.mel import hann_window, hz_to_mel, mel_filterbank
 from htsat.config import FrontendConfig
 from htsat.errors import OutputError, UsageError
 from htsat.events import Event
+from htsat.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -607,20 +607,9 @@ def _draw_posteriors(
 
 
 def _write_file(path: Path, figure: "Figure", kind: str) -> None:
-    """Write the figure beside ``path``, then put it in place: a failure leaves no half of a picture."""
+    """Draw the figure and write it whole or not at all."""
     # no date in the file: the same picture is the same bytes
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    draft = path.with_name(f".htsat-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
-    try:
-        try:
-            with open(draft, "xb") as file:
-                figure.savefig(file, format=kind, dpi=_DPI, metadata=metadata)
-            os.replace(draft, path)
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"{path}: cannot write the plot ({reason}); choose a folder that exists, is writable and has space"
-        ) from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=_DPI, metadata=metadata)
+    write_atomic(path, drawn.getvalue())

@@ -8,10 +8,10 @@ network works; memory is bounded but for the framewise posteriors themselves.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from htsat.config import CheckpointConfig, DecodingConfig, InferenceConfig
 from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, UsageError
 from htsat.events import Event, Tag
-from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags, write_atomic
+from htsat.files import write_atomic
+from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags
 from htsat.grid import FrameGrid
 from htsat.plot import PICTURE_ENDINGS, SpectrogramOverview, save_plot
 
@@ -226,7 +227,8 @@ class Predictor:
             chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, config.inference.short)
             # The next batch is made while the network works on this one. Closed before the reader is, whatever
             # happens: a decoder must not be freed under the thread that decodes.
-            with contextlib.closing(prefetch(chunks, depth=self._batch_size + 1)) as ahead:
+            made_ahead = cast(Generator[Chunk, None, None], prefetch(chunks, depth=self._batch_size + 1))
+            with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
                     clip_logits, frame_logits, embedding = self._run(np.stack([chunk.samples for chunk in batch]))
                     clipwise.append(self._posteriors(clip_logits))
@@ -247,7 +249,7 @@ class Predictor:
         framewise = stitcher.finish(num_tokens(num_samples, chunk_samples, tokens_per_chunk))
         clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
         # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
-        boundaries = np.arange(len(framewise) + 1) * (chunk_samples / (tokens_per_chunk * rate))
+        boundaries = np.arange(len(framewise) + 1, dtype=np.float64) * (chunk_samples / (tokens_per_chunk * rate))
         boundaries[-1] = duration
         grid = FrameGrid(boundaries)
         order = np.argsort(-clip, kind="stable")

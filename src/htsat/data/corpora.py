@@ -127,10 +127,10 @@ def read_strong(folder: Path) -> list[Clip]:
         unknown = [name for name, found in events.items() if found and name not in folds]
         if unknown and len(corpus.problems) == before:
             corpus.problems.append(f"sources.tsv: no source of {_some(unknown)}")
-    clips = [
-        Clip(folder / "audio" / name, tuple(sorted({e.event_label for e in found})), tuple(found), frozenset(folds[name]))
-        for name, found in events.items()
-    ]
+    clips = []
+    for name, found in events.items():
+        labels = tuple(sorted({event.event_label for event in found}))
+        clips.append(Clip(folder / "audio" / name, labels, tuple(found), frozenset(folds[name])))
     return corpus.checked(clips)
 
 

@@ -106,7 +106,7 @@ class SceneMixer:
                 raise ValueError(f"a source of {source.label!r} has no samples or no parts")
             self._by_label.setdefault(source.label, []).append(source)
         self._labels = sorted(self._by_label)
-        self._backgrounds = list(backgrounds)
+        self.backgrounds = list(backgrounds)
         self._rate, self._seed, self._config = sample_rate, seed, config
         self._length = round(seconds * sample_rate)
 
@@ -117,7 +117,7 @@ class SceneMixer:
         scene = np.zeros(self._length, dtype=np.float32)
         level = 10 ** rng.uniform(-2.6, -1.6)  # RMS of the background
         easy = max(0.0, 1.0 - index / config.easy_scenes) if config.easy_scenes else 0.0
-        if self._backgrounds and rng.random() < config.background * (1 - easy):
+        if self.backgrounds and rng.random() < config.background * (1 - easy):
             scene += self._background(rng) * level
         if rng.random() < easy + config.whole_clip * (1 - easy):
             events = self._place_clips(rng, scene, level)
@@ -136,11 +136,12 @@ class SceneMixer:
         if rng.random() < 0.3:
             noise = coloured_noise(rng, self._length, exponent=rng.uniform(0.0, 2.0))
         else:
-            recording = self._backgrounds[rng.integers(len(self._backgrounds))]
+            recording = self.backgrounds[rng.integers(len(self.backgrounds))]
             start = rng.integers(max(1, len(recording) - self._length))
             noise = recording[start : start + self._length]
             noise = np.pad(noise, (0, self._length - len(noise)))
-        return noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
+        normalised: Waveform = noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
+        return normalised
 
     def _place_clips(self, rng: np.random.Generator, scene: Waveform, level: float) -> list[Event]:
         """Add whole clips with all their parts: one after the other from the start, or one anywhere."""

@@ -622,7 +622,7 @@ def _frontend(
     if filters is not None and n_fft >= 16 and tuple(filters.shape) == (n_fft // 2 + 1, n_mels):
         told = _rate_of_filters(filters.numpy(), n_fft, given)
     sample_rate = given.sample_rate or told
-    if sample_rate is None and layout == "hf-clap":
+    if sample_rate is None and layout in ("hf-clap", "laion-clap"):
         sample_rate = 48000
     if sample_rate is None and layout == "imagenet-swin":
         sample_rate = 32000

@@ -42,6 +42,6 @@ class LogMel(nn.Module):
         half = self.config.n_fft // 2
         padded = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
         frames = padded.unfold(-1, self.config.n_fft, self.config.hop_length) * window
-        spectrum = torch.view_as_real(torch.fft.rfft(frames))
-        power = spectrum.square().sum(-1)
+        spectrum = torch.fft.rfft(frames)
+        power = spectrum.real.square() + spectrum.imag.square()
         return 10.0 * torch.log10((power @ filters).clamp_min(10 ** (self.config.floor_db / 10)))

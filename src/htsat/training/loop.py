@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from htsat.data.augment import random_equaliser, spec_augment
 from htsat.errors import CheckpointError, HtsatError, OutputError
-from htsat.formats import write_atomic
+from htsat.files import write_atomic
 from htsat.model.checkpoint import save_checkpoint
 from htsat.model.htsat import HTSAT, pool_tokens
 from htsat.training.material import Material, load_material, training_scene
@@ -65,13 +65,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def losses(model: HTSAT, framewise: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
     """Return the loss of token logits (batch, num_tokens, num_classes) against targets of the same shape in [0, 1]."""
     framewise = framewise.float()
-    strong = F.binary_cross_entropy_with_logits(framewise, targets)
+    strong = binary_cross_entropy_with_logits(framewise, targets)
     clipwise = pool_tokens(framewise, model.config.clip_pooling)
-    weak = F.binary_cross_entropy_with_logits(clipwise, targets.amax(1))
+    weak = binary_cross_entropy_with_logits(clipwise, targets.amax(1))
     # Which class it is, on the tokens where one sounds alone: a far clearer signal early on than many
     # independent yes-or-no questions whose answer is nearly always no.
     alone = ((targets > 0).sum(2) == 1) & (targets.amax(2) == 1)
-    single = F.cross_entropy(framewise[alone], targets[alone].argmax(1)) if alone.any() else framewise.sum() * 0
+    single = cross_entropy(framewise[alone], targets[alone].argmax(1)) if alone.any() else framewise.sum() * 0
     return config.strong_weight * strong + config.weak_weight * weak + config.single_weight * single
 
 
@@ -152,7 +152,8 @@ def train(
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
             if not math.isfinite(norm):
                 raise HtsatError(
-                    f"{out}: step {step + 1}: the gradient is not finite; begin a new run with a lower train.learning_rate"
+                    f"{out}: step {step + 1}: the gradient is not finite; "
+                    "begin a new run with a lower train.learning_rate"
                 )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
@@ -283,31 +284,30 @@ def _save_state(path: Path, model: nn.Module, average: nn.Module, optimizer: tor
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: the training state cannot be saved: {error}; free space and use --resume") from None
 
 
 def _cut_log(path: Path, steps: int) -> None:
-    """Keep the first lines of the log, up to step ``steps``: what came after the saved state is made again."""
+    """Keep one line of the log per step up to ``steps``: what came after the saved state is made again."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
-    kept = []
-    for number, line in enumerate(lines, 1):
+    kept: dict[int, str] = {}
+    for line in lines:
         try:
-            whole = line.endswith("\n") and json.loads(line)["step"] == number
+            step = int(json.loads(line)["step"])
         except (ValueError, TypeError, LookupError):
-            whole = False
-        if not whole or number > steps:
-            break
-        kept.append(line)
+            continue  # the line that the end of the process cut off
+        if line.endswith("\n") and step <= steps:
+            kept[step] = line  # the last one counts: its step led to the saved state
     if len(kept) < len(lines):
-        write_atomic(path, "".join(kept))
+        write_atomic(path, "".join(kept[step] for step in sorted(kept)))
 
 
 def _append(path: Path, step: Step) -> None:

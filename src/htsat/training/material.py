@@ -42,13 +42,13 @@ class Material:
     Attributes:
         mixer: makes training scenes.
         soundscapes: recorded scenes to train on.
-        test_clips: (waveform, label) of the held-out fold.
+        test_clips: those of the held-out fold.
         test_soundscapes: recorded scenes made from the held-out fold alone.
     """
 
     mixer: SceneMixer
     soundscapes: list[Soundscape]
-    test_clips: list[tuple[Waveform, str]]
+    test_clips: list[Source]
     test_soundscapes: list[Soundscape]
 
 
@@ -101,11 +101,12 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
         progress(f"reading {clip.path.name}", done / todo)
         return read_audio(clip.path, rate)
 
-    sources = []
-    for clip in train:
+    def source(clip: Clip) -> Source:
         waveform = decode(clip)
         parts = [(e.onset, e.offset) for e in clip.events or ()] or [(0.0, len(waveform) / rate)]
-        sources.append(Source(clip.labels[0], waveform, tuple(parts)))
+        return Source(clip.labels[0], waveform, tuple(parts))
+
+    sources = [source(clip) for clip in train]
     sources += utterances([decode(clip) for clip in keywords], rate, recipe.train.seed)
     mixer = SceneMixer(
         sources,
@@ -123,7 +124,7 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     return Material(
         mixer,
         [soundscape(clip) for clip in soundscapes],
-        [(decode(clip), clip.labels[0]) for clip in test],
+        [source(clip) for clip in test],
         [soundscape(clip) for clip in test_soundscapes],
     )
 
@@ -146,8 +147,8 @@ def _contradictions(
         )
     strange = {label for clip in soundscapes for label in clip.labels} - set(data.labels)
     if strange:
-        near = nearest(min(strange), data.labels)
-        problems.append(f"{root}: the soundscapes hold classes that the recipe lacks: {', '.join(sorted(strange))}{near}")
+        names = ", ".join(sorted(strange)) + nearest(min(strange), data.labels)
+        problems.append(f"{root}: the soundscapes hold classes that the recipe lacks: {names}")
     unknown = [clip.path.name for clip in soundscapes if clip.events and not clip.folds]
     if data.test_fold and unknown:
         problems.append(

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from htsat.data.mix import Source
 from htsat.detection.decoder import decode_events
 from htsat.events import Event
 from htsat.grid import FrameGrid
@@ -23,7 +22,7 @@ def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: P
     """
     report: dict[str, Any] = {}
     if material.test_clips:
-        classes = sorted({label for _, label in material.test_clips})
+        classes = sorted({clip.label for clip in material.test_clips})
         report["test_fold"] = recipe.data.test_fold
         report["clips"] = len(material.test_clips)
         for fit in ("pad", "tile"):
@@ -44,18 +43,18 @@ def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: P
 def clip_accuracy(
     model: HTSAT,
     recipe: Recipe,
-    clips: Sequence[tuple[NDArray[np.float32], str]],
+    clips: Sequence[Source],
     classes: Sequence[str],
     fit: Fit,
 ) -> float:
     """Return the share of clips whose most probable class, among ``classes``, is theirs."""
     columns = [recipe.data.labels.index(label) for label in classes]
     right = 0
-    for waveform, label in clips:
+    for clip in clips:
         with torch.inference_mode():
-            logits = model(torch.from_numpy(waveform[: model.chunk_samples]).unsqueeze(0), fit).clipwise_logits
+            logits = model(torch.from_numpy(clip.waveform[: model.chunk_samples]).unsqueeze(0), fit).clipwise_logits
         assert logits is not None
-        right += classes[int(logits[0, columns].argmax())] == label
+        right += classes[int(logits[0, columns].argmax())] == clip.label
     return right / len(clips)
 
 

@@ -18,7 +18,11 @@ RATE, TOKEN = 8000, 0.3125
 def tiny_config(labels=tuple(TONES), sample_rate=RATE, **settings) -> CheckpointConfig:
     """A network of a few thousand weights with the published grid: chunks of 10 s, 32 tokens in each."""
     frontend = FrontendConfig(
-        sample_rate=sample_rate, hop_length=sample_rate // 20, n_mels=16, f_max=min(14000, sample_rate / 2)
+        sample_rate=sample_rate,
+        n_fft=1 << (sample_rate // 10).bit_length(),
+        hop_length=sample_rate // 20,
+        n_mels=16,
+        f_max=min(14000, sample_rate / 2),
     )
     model = ModelConfig(
         num_classes=len(labels), embed_dim=8, depths=(2, 1), num_heads=(1, 2), patch_size=4, image_size=64
@@ -104,3 +108,25 @@ def tone_predictor(tiny_checkpoint):
         return predictor
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, capsysbinary, tiny_checkpoint):
+    """Run ``htsat`` in this process with a model that hears ``TONES``; returns (exit code, stdout, stderr lines)."""
+    import htsat.cli
+    import htsat.model.runtime
+
+    monkeypatch.setattr(
+        htsat.model.runtime, "TorchBackend", lambda network, device, threads: ToneBackend(network.checkpoint)
+    )
+
+    def run(name, *arguments, model=tiny_checkpoint):
+        options = ["--model", str(model)] if model is not None else []
+        monkeypatch.setattr("sys.argv", ["htsat", name, *map(str, arguments), *options])
+        capsysbinary.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            htsat.cli.main()
+        out, err = capsysbinary.readouterr()
+        return exit.value.code, out.decode(), err.decode().splitlines()
+
+    return run

@@ -516,6 +516,12 @@ def test_fused_laion_checkpoint_uses_the_filters_it_was_trained_on(tmp_path: Pat
     assert sum("fusion" in reason for reason in report.set_aside.values()) == 2
 
 
+def test_clap_without_stored_filters_runs_at_48_khz(tmp_path: Path) -> None:
+    state = {k: v for k, v in published_state().items() if not k.startswith(("spectrogram", "logmel"))}
+    _, config, _ = convert(saved(tmp_path / "x.pt", prefixed(state, "audio_branch.")))
+    assert config.frontend == FrontendConfig(48000, hop_length=480)
+
+
 def test_labels_for_an_encoder_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pt", prefixed(published_state(sample_rate=48000), "audio_branch."))
     with pytest.raises(CheckpointError, match="encoder without classes"):

@@ -440,7 +440,7 @@ def test_drop_path_drops_whole_clips_and_keeps_the_mean() -> None:
     torch.manual_seed(0)
     layer = DropPath(0.25).train()
     out = layer(torch.ones(4000, 2, 3))
-    assert set(out.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert torch.equal(out.amin((1, 2)), out.amax((1, 2)))
     assert float(out.mean()) == pytest.approx(1.0, abs=0.05)
     assert torch.equal(layer.eval()(torch.ones(4, 2)), torch.ones(4, 2))
@@ -554,40 +554,67 @@ def test_wrong_waveforms_are_named(model: HTSAT) -> None:
         model(torch.zeros(1, CHUNK), "crop")
 
 
-def test_an_empty_batch_gives_an_empty_output(model: HTSAT) -> None:
-    output = values(infer(model, torch.zeros(0, CHUNK)))
-    assert {name: tuple(value.shape) for name, value in output.items()} == {
-        "clipwise_logits": (0, 5),
-        "framewise_logits": (0, 32, 5),
-        "embedding": (0, 32),
-    }
+def test_an_empty_batch_is_named(model: HTSAT) -> None:
+    with pytest.raises(ValueError, match="holds no clip"):
+        model(torch.zeros(0, CHUNK))
 
 
 # ------------------------------------------------------------------ stages of the forward
 
 
 def test_fold_stacks_stretches_of_time(model: HTSAT) -> None:
-    frames = torch.randn(2, 256, 16)
-    square = model.fold(frames)
-    assert square.shape == (2, 64, 64)
-    for stretch, mel, column in [(0, 0, 0), (0, 15, 63), (1, 0, 0), (2, 7, 31), (3, 15, 63)]:
-        assert torch.equal(square[:, stretch * 16 + mel, column], frames[:, stretch * 64 + column, mel])
+    """64 steps of 4 mel rows become a square of 16 x 16: four stretches of 16 steps, one under the other."""
+    tokens = torch.randn(2, 64, 4, 3)
+    square = model.fold(tokens).view(2, 16, 16, 3)
+    for stretch in range(4):
+        for row in range(4):
+            for column in range(16):
+                assert torch.equal(square[:, stretch * 4 + row, column], tokens[:, stretch * 16 + column, row])
+
+
+def test_patches_are_cells_of_four_frames_and_four_mel_bins(model: HTSAT) -> None:
+    """Weights are stored as those of the published convolution on the folded square: (mel bin, frame)."""
+    features = torch.randn(2, 256, 16)
+    embed = model.patch_embed
+    weight = embed.proj.weight.view(16, 4, 4)
+    with torch.no_grad():
+        actual = embed(features)
+        cell = features[:, 8:12, 4:8]
+        expected = embed.norm(torch.einsum("btm,cmt->bc", cell, weight) + embed.proj.bias)
+    assert actual.shape == (2, 64, 4, 16)
+    torch.testing.assert_close(actual[:, 2, 1], expected)
 
 
 def test_tokens_come_out_in_the_order_of_time(model: HTSAT) -> None:
-    """With stages that pass patches through, token (frequency, time) must come from those mel bins and frames."""
-    grid = torch.arange(8 * 8).view(1, 64, 1).expand(1, 64, 32).float()
+    """With stages that pass the square through, token (frequency, time) is the one that went in there."""
+    square = torch.arange(8 * 8).view(1, 64, 1).expand(1, 64, 32).float()
     model.norm = torch.nn.Identity()  # type: ignore[assignment]
-    model.patch_embed.forward = lambda square: grid  # type: ignore[method-assign]
+    model.fold = lambda tokens: square  # type: ignore[method-assign]
     for stage in model.stages:
-        stage.forward = lambda x, maps: x  # type: ignore[method-assign]
-    tokens = model.encode(torch.zeros(1, 256, 16))
+        stage.forward = lambda x, maps: x  # type: ignore[method-assign, assignment]
+    with torch.no_grad():
+        tokens = model.encode(torch.zeros(1, 256, 16))
     assert tokens.shape == (1, 32, 2, 32)
     for stretch in range(4):
         for frequency in range(2):
             for step in range(8):
                 row = stretch * 2 + frequency
                 assert tokens[0, 0, frequency, stretch * 8 + step] == row * 8 + step
+
+
+def test_frequency_embedding_is_added_to_the_tokens_of_its_mel_rows() -> None:
+    model = build(frequency_embedding=True)
+    assert model.frequency_embedding is not None and model.frequency_embedding.shape == (4, 16)
+    seen: list[Tensor] = []
+    model.stages[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    features = torch.randn(1, 256, 16)
+    with torch.no_grad():
+        model.encode(features)
+        expected = model.fold(model.patch_embed(features) + model.frequency_embedding)
+        model.frequency_embedding.zero_()
+        model.encode(features)
+    assert torch.equal(seen[0], expected)
+    assert torch.equal(seen[1], model.fold(model.patch_embed(features)))
 
 
 def test_normalise_acts_on_mel_bins(model: HTSAT) -> None:
@@ -680,7 +707,7 @@ def test_float64_is_float32_but_for_rounding(model: HTSAT) -> None:
     double = values(infer(model.double(), noise(2).double()))
     for name, value in double.items():
         assert value.dtype == torch.float64
-        torch.testing.assert_close(single[name].double(), value, rtol=0, atol=5e-6)
+        torch.testing.assert_close(single[name].double(), value, rtol=0, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------- sizes

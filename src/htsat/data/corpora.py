@@ -8,7 +8,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def read_esc(folder: Path) -> list[Clip]:
         for where, row in corpus.rows("meta/segments.tsv", ("filename", "onset", "offset")):
             name = row["filename"]
             if name not in found:
-                corpus.problems.append(f"{where}: {name} is not in {table}")
+                corpus.unknown(where, name, table, found)
             elif event := corpus.event(where, found[name][0], row["onset"], row["offset"]):
                 parts[name].append(event)
         idle = [name for name in found if name not in parts]
@@ -102,7 +102,7 @@ def read_strong(folder: Path) -> list[Clip]:
     for where, row in corpus.rows("strong.tsv", ("filename", "onset", "offset", "event_label")):
         name, label, onset, offset = row["filename"], row["event_label"], row["onset"], row["offset"]
         if name not in events:
-            corpus.problems.append(f"{where}: {name} is not in durations.tsv")
+            corpus.unknown(where, name, "durations.tsv", events)
         elif not label and (onset or offset):
             corpus.problems.append(f"{where}: the event of {name} has no label")
         elif label and (event := corpus.event(where, label, onset, offset)):
@@ -118,7 +118,7 @@ def read_strong(folder: Path) -> list[Clip]:
             name, source = row["filename"], row["source_clip"]
             fold = re.match(r"(\d+)-", source)
             if name not in events:
-                corpus.problems.append(f"{where}: {name} is not in durations.tsv")
+                corpus.unknown(where, name, "durations.tsv", events)
             elif fold is None or int(fold[1]) < 1:
                 corpus.problems.append(f"{where}: expected a source clip like 1-100032-A-0, got {source!r}")
             else:
@@ -209,6 +209,11 @@ class _Corpus:
         except DataError as error:
             self.problems.append(str(error).removeprefix(f"{self.folder}/"))
             return []
+
+    def unknown(self, where: str, name: str, table: str, known: Collection[str]) -> None:
+        """Note a name that ``table`` lacks; not where that table could not be read, which is one problem, not many."""
+        if known:
+            self.problems.append(f"{where}: {name} is not in {table}")
 
     def integer(self, where: str, what: str, text: str) -> int:
         """Return a whole number from 1 on; 1 stands in for a malformed one."""

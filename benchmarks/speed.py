@@ -139,22 +139,28 @@ def main() -> int:
             per_clip = {name: [1000 * s / batch for s in values] for name, values in seconds.items()}
             median = {name: statistics.median(values) for name, values in per_clip.items()}
             least = {name: min(values) for name, values in per_clip.items()}
-            rows.append(
-                f"| {batch} | {median['plain']:.1f} | {least['plain']:.1f} | {median['ours']:.1f} | {least['ours']:.1f} "
-                f"| {median['plain'] / median['ours']:.2f} | {least['plain'] / least['ours']:.2f} | {difference:.1e} |"
-            )
+            times = [median["plain"], least["plain"], median["ours"], least["ours"]]
+            ratios = [median["plain"] / median["ours"], least["plain"] / least["ours"]]
+            cells = [str(batch), *(f"{t:.1f}" for t in times), *(f"{r:.2f}" for r in ratios), f"{difference:.1e}"]
+            rows.append(f"| {' | '.join(cells)} |")
 
     print("Milliseconds per 10-s clip, waveform to posteriors, 527 classes, float32\n")
-    print("| batch | plain, median | plain, min | ours, median | ours, min | ratio of medians | ratio of minima "
-          "| largest difference |")
+    print(
+        "| batch | plain, median | plain, min | ours, median | ours, min | ratio of medians | ratio of minima "
+        "| largest difference |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
-    print(f"\ntorch {torch.__version__}, {arguments.threads} threads of {os.cpu_count()} ({cpu_name()}), "
-          f"{arguments.rounds} rounds, interleaved")
+    print(
+        f"\ntorch {torch.__version__}, {arguments.threads} threads of {os.cpu_count()} ({cpu_name()}), "
+        f"{arguments.rounds} rounds, interleaved"
+    )
     print(f"load average before: {load_before}; after: {load()}")
     if was_busy:
-        print("warning: other programs were running when this began; trust ratios, of minima most, and no times",
-              file=sys.stderr)
+        print(
+            "warning: other programs were running when this began; trust ratios, of minima most, and no times",
+            file=sys.stderr,
+        )
     return 0
 
 

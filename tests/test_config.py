@@ -293,7 +293,7 @@ def spoilt(draw: st.DrawFn, cls: type) -> Any:
 def test_junk_raises_nothing_but_config_errors(cls: type, data: st.DataObject) -> None:
     values = data.draw(st.one_of(spoilt(cls), spoilt(cls), JUNK))
     try:
-        config = from_dict(cls, values, "here")
+        config: Any = from_dict(cls, values, "here")
     except ConfigError as error:
         assert str(error).startswith("here")
     else:

@@ -116,7 +116,9 @@ def test_table_of_a_spreadsheet(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes('\ufefffilename,label\r\n"a, b.wav",dog\r\n\r\nc.wav,cat,more\r\n'.encode())
     rows = read_table(path, ("filename", "label"))
-    assert [(line, row["filename"], row["label"]) for line, row in rows] == [(2, "a, b.wav", "dog"), (4, "c.wav", "cat")]
+    assert [(line, row["filename"], row["label"]) for line, row in rows] == [
+        (2, "a, b.wav", "dog"), (4, "c.wav", "cat")
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------ what is refused

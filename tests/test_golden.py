@@ -136,7 +136,7 @@ def test_outputs_are_the_published_ones(case: Case, dtype: torch.dtype) -> None:
     fit = "repeat" if case.meta["infer_mode"] else "stretch"
     with torch.inference_mode():
         spectrogram = model.frontend(waveform)
-        output = model(waveform, fit=fit)  # type: ignore[arg-type]
+        output = model(waveform, fit=fit)
 
     close(spectrogram[:, ::25], case.expected("logmel"), 1e-4)
     close(spectrogram.mean((1, 2)), case.expected("logmel_mean"), 1e-5)
@@ -164,9 +164,7 @@ def test_every_published_weight_has_a_place_in_the_model() -> None:
     ours = {official_name(k): official_shape(k, tuple(v.shape)) for k, v in state.items()}
     constants = ("spectrogram_extractor.", "logmel_extractor.", "head.")
     rebuilt = ("relative_position_index", "attn_mask")
-    official = {
-        k: tuple(v) for k, v in SHAPES.items() if not k.startswith(constants) and not k.endswith(rebuilt)
-    }
+    official = {k: tuple(v) for k, v in SHAPES.items() if not k.startswith(constants) and not k.endswith(rebuilt)}
     assert ours == official
 
 

@@ -417,7 +417,7 @@ def test_list_of_models(server: Hub, tmp_path: Path) -> None:
     server.files[AUDIOSET] = published_bytes(tmp_path)
     hub.resolve("audioset")
     (row,) = [row for row in hub.list_models() if row["name"] == "audioset"]
-    assert (row["state"], row["size"], row["classes"]) == ("ready", "1 MB", 527)
+    assert (row["state"], row["size"], row["classes"]) == ("ready", "2 MB", 527)
     assert json.dumps(row)
 
 

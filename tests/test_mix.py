@@ -93,7 +93,7 @@ def test_energy_of_an_event_lies_between_its_onset_and_its_offset():
         # The first and the last sample are the zeros of the fades.
         assert abs(sounding[0] / RATE - event.onset) <= 2 / RATE
         assert abs((sounding[-1] + 1) / RATE - event.offset) <= 2 / RATE
-        assert event.duration == pytest.approx(1.2, abs=1e-9)
+        assert event.duration == pytest.approx(1.2, abs=2 / RATE)
         onsets.append(event.onset)
     assert min(onsets) < 1.5 and max(onsets) > 7.0  # anywhere
 
@@ -178,12 +178,10 @@ def test_difficulty_rises_over_the_easy_scenes():
     background = [np.ones(20_000, np.float32)]
 
     def share(index):
-        """A source of one sample's length leaves the scene silent unless there is a background."""
-        hits = [
-            mixer([source(seconds=0.1)], background, seed=seed, background=0.8, easy_scenes=100).scene(index)[0][::7].all()
-            for seed in range(300)
-        ]
-        return np.mean(hits)
+        """A short source leaves most of the scene silent unless there is a background."""
+        ramp = {"background": 0.8, "easy_scenes": 100}
+        mixers = (mixer([source(seconds=0.02)], background, seed=seed, seconds=1.0, **ramp) for seed in range(300))
+        return np.mean([np.mean(mix.scene(index)[0] != 0) > 0.9 for mix in mixers])
 
     assert share(0) == 0.0
     assert share(50) == pytest.approx(0.4, abs=0.08)
@@ -337,7 +335,7 @@ def test_turned_by_hand():
 
 
 def test_utterances_join_keywords_with_pauses():
-    keywords = [np.pad(square(0.3, level=0.5), 350) for _ in range(20)]
+    keywords = [np.pad(square(0.3, level=0.5), 340) for _ in range(20)]
     found = utterances(keywords, RATE, seed=1)
     assert 3 <= len(found) <= 6
     for utterance in found:

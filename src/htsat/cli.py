@@ -507,7 +507,7 @@ class _Run:
     def _on_progress(self, number: int, shown: str, done: float, duration: float | None) -> None:
         share = min(1.0, done / duration) if duration else 0.0
         count = f"[{number + 1}/{len(self._items)}] " if self.several else ""
-        self._progress.update(f"{count}{shown}  {done:.0f} s", (number + share) / len(self._items))
+        self._progress.update(f"{count}{done:.0f} s  {Path(shown).name}", (number + share) / len(self._items))
 
     def write(self, path: Path, writer: Callable[[Path], None]) -> None:
         """Write one result file, making its folder; a failure counts and the run goes on."""

@@ -11,7 +11,6 @@ Reading the configuration needs neither torch nor safetensors.
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from htsat.config import CheckpointConfig, from_dict, to_dict
 from htsat.errors import CheckpointError, ConfigError, OutputError, UsageError
+from htsat.files import write_atomic
 
 if TYPE_CHECKING:
     from htsat.model.htsat import HTSAT
@@ -411,28 +411,4 @@ def save_checkpoint(
             weights[name] = tensor.detach().cpu()
     text = json.dumps({"format": FORMAT, **to_dict(config)}, ensure_ascii=False, allow_nan=False)
     # "format": "pt" is what other safetensors readers expect of torch weights.
-    write_atomically(path, save(weights, {"format": "pt", METADATA_KEY: text}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that ``path`` is at any moment absent, the old file or the whole new one.
-
-    Raises:
-        OutputError: the folder is missing, full or not writable.
-    """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        if not path.parent.is_dir():
-            reason = f"the folder {path.parent} does not exist"
-        raise OutputError(f"{path}: cannot be written: {reason}; create the folder or choose another place") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomic(path, save(weights, {"format": "pt", METADATA_KEY: text}))

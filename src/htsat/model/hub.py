@@ -77,9 +77,9 @@ MODELS: dict[str, NamedModel] = {
     for model in (
         NamedModel(
             "default",
-            "small model that comes with the package",
-            license="see the model card",
-            num_classes=None,
+            "ten everyday sounds and speech; comes with the package",
+            license="MIT",
+            num_classes=11,
             bundled="default.safetensors",
         ),
         NamedModel(

@@ -14,6 +14,7 @@ from conftest import RATE, TOKEN, ToneBackend, sound, tiny_config, write_checkpo
 
 import htsat.predict
 from htsat.audio.chunk import chunk_stream
+from htsat.audio.decode import AudioReader
 from htsat.audio.resample import resample
 from htsat.config import DecodingConfig, InferenceConfig
 from htsat.errors import AudioError, UsageError
@@ -310,17 +311,24 @@ def test_decoding_runs_ahead_but_not_away(tone_predictor, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_a_failing_network_leaves_no_thread_and_no_file(tone_predictor, tmp_path, error):
+def test_a_failing_network_leaves_no_thread(tone_predictor, tmp_path, monkeypatch, error):
     path = write_sound(tmp_path / "a.wav", 200, [])
     predictor = tone_predictor()
+    close, running = AudioReader.close, []
+
+    def watched(reader):
+        running.append([t for t in threading.enumerate() if t.name == "htsat-prefetch"])
+        close(reader)
+
+    monkeypatch.setattr(AudioReader, "close", watched)
 
     def fail(chunks):
         raise error
 
     predictor._backend = fail
-    with open(path, "rb") as stream, pytest.raises(error):
-        predictor.predict(stream)
-    assert not [t for t in threading.enumerate() if t.name == "htsat-prefetch"]
+    with pytest.raises(error):
+        predictor.predict(path)
+    assert running == [[]], "the decoder was freed under the thread that decodes"
 
 
 def test_damage_in_the_middle(tone_predictor, tmp_path):

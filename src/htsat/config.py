@@ -46,7 +46,10 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
             return value
         return from_dict(typing.cast(type, expected), value, where)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: expected a finite number, got one of {value.bit_length()} bits") from None
     if expected is Any:
         return value
     if not isinstance(value, expected) or (expected in (int, float) and isinstance(value, bool)):
@@ -99,7 +102,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {value:g}")
+        raise ConfigError(f"{name} must be between {low:g} and {high:g}, got {str(value)[:20]}")
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,10 @@ class ModelConfig:
         _check("mlp_ratio", self.mlp_ratio, 0.5, 16)
         _check("drop_path", self.drop_path, 0, 0.9)
         _check("chunk_seconds", self.chunk_seconds, 0.5, 60)
+        # Each number may be in bounds while all together ask for more memory than any machine has.
+        per_square = 4 + 2 * self.mlp_ratio
+        weights = sum(depth * per_square * (self.embed_dim << stage) ** 2 for stage, depth in enumerate(self.depths))
+        _check("weights that embed_dim, depths and mlp_ratio ask for", weights, 0, 2e9)
         if self.image_size % (self.patch_size << (len(self.depths) - 1)):
             raise ConfigError(
                 f"image_size {self.image_size} must be a multiple of patch_size x 2^(stages - 1) "
@@ -243,7 +250,8 @@ class DecodingConfig(ClassDecoding):
             for label, exceptions in self.per_class.items()
             if (rest := {k: v for k, v in exceptions.items() if k not in settings})
         }
-        return dataclasses.replace(self, **settings, per_class=per_class)
+        changes: dict[str, Any] = {**settings, "per_class": per_class}
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -290,6 +298,12 @@ class CheckpointConfig:
         frontend, model = self.frontend, self.model
         if model.image_size % frontend.n_mels:
             raise ConfigError(f"image_size {model.image_size} must be a multiple of n_mels {frontend.n_mels}")
+        token = model.patch_size << (len(model.depths) - 1)
+        if frontend.n_mels % token:
+            raise ConfigError(
+                f"n_mels {frontend.n_mels} must be a multiple of patch_size x 2^(stages - 1) = {token}: "
+                "a token of the last stage lies in one stretch of time"
+            )
         if self.chunk_samples // frontend.hop_length + 1 > self.num_frames:
             raise ConfigError(
                 f"chunk_seconds {model.chunk_seconds:g} gives {self.chunk_samples // frontend.hop_length + 1} frames, "

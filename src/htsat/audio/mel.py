@@ -17,7 +17,8 @@ def hz_to_mel(frequencies: NDArray[np.float64], scale: str) -> NDArray[np.float6
     if scale == "htk":
         return np.asarray(2595.0 * np.log10(1.0 + frequencies / 700.0))
     log_part = np.log(np.maximum(frequencies, _SLANEY_BREAK_HZ) / _SLANEY_BREAK_HZ) / _SLANEY_LOG_STEP
-    return np.where(frequencies < _SLANEY_BREAK_HZ, frequencies, _SLANEY_BREAK_HZ) / _SLANEY_HZ_PER_MEL + log_part
+    linear = np.minimum(frequencies, _SLANEY_BREAK_HZ) / _SLANEY_HZ_PER_MEL
+    return np.asarray(linear + log_part)
 
 
 def mel_to_hz(mels: NDArray[np.float64], scale: str) -> NDArray[np.float64]:

@@ -26,7 +26,9 @@ class LogMel(nn.Module):
 
     def _constants(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         if self._cast is None or self._cast[0].dtype != waveform.dtype or self._cast[0].device != waveform.device:
-            self._cast = (self._window.to(waveform), self._filters.to(waveform))
+            with torch.inference_mode(False):  # they may take part in a gradient later
+                kind = (waveform.device, waveform.dtype)
+                self._cast = (self._window.to(*kind), self._filters.to(*kind))
         return self._cast
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -38,6 +40,10 @@ class LogMel(nn.Module):
         Returns:
             (batch, num_samples // hop_length + 1, n_mels), dB, at least ``config.floor_db``.
         """
+        with torch.autocast(waveform.device.type, enabled=False):
+            return self._log_mel(waveform)
+
+    def _log_mel(self, waveform: Tensor) -> Tensor:
         window, filters = self._constants(waveform)
         half = self.config.n_fft // 2
         padded = F.pad(waveform.unsqueeze(1), (half, half), mode="reflect").squeeze(1)

@@ -8,14 +8,14 @@ Source: Chen et al., HTS-AT (arXiv 2202.00874) and the published ``model/htsat.p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from htsat.config import CheckpointConfig, FrontendConfig, ModelConfig
+from htsat.config import CheckpointConfig, FrontendConfig, InferenceConfig, ModelConfig
 from htsat.model.frontend import LogMel
 from htsat.model.swin import Stage
 
@@ -52,7 +52,12 @@ class HTSAT(nn.Module):
     def __init__(self, frontend: FrontendConfig, model: ModelConfig) -> None:
         super().__init__()
         # CheckpointConfig holds the checks that involve both sections; labels do not matter here.
-        geometry = CheckpointConfig(frontend, model, labels=tuple(str(i) for i in range(model.num_classes)))
+        geometry = CheckpointConfig(
+            frontend,
+            model,
+            labels=tuple(str(i) for i in range(model.num_classes)),
+            inference=InferenceConfig(hop_seconds=min(model.chunk_seconds, InferenceConfig.hop_seconds)),
+        )
         self.frontend_config, self.config = frontend, model
         self.chunk_samples, self.num_frames = geometry.chunk_samples, geometry.num_frames
         self.num_tokens = geometry.num_tokens
@@ -69,7 +74,8 @@ class HTSAT(nn.Module):
         self.frequency_embedding = (
             nn.Parameter(torch.zeros(mel_rows, model.embed_dim)) if model.frequency_embedding else None
         )
-        drop_path = torch.linspace(0, model.drop_path, sum(model.depths)).tolist()
+        blocks = sum(model.depths)
+        drop_path = [model.drop_path * i / max(1, blocks - 1) for i in range(blocks)]
         self.stages = nn.ModuleList()
         for i, depth in enumerate(model.depths):
             first = sum(model.depths[:i])
@@ -109,8 +115,8 @@ class HTSAT(nn.Module):
         if self.frequency_embedding is not None:
             # Waves of several lengths along the frequency axis, so that rows differ from the first step on.
             rows, width = self.frequency_embedding.shape
-            waves = 2.0 ** torch.linspace(-1, 3, width // 2)
-            angle = math.pi * torch.arange(rows).unsqueeze(1) / rows * waves
+            waves = 2.0 ** torch.linspace(-1, 3, width // 2, device="cpu")
+            angle = math.pi * torch.arange(rows, device="cpu").unsqueeze(1) / rows * waves
             self.frequency_embedding.data.copy_(0.5 * torch.cat([angle.sin(), angle.cos()], 1))
 
     def set_prior(self, probability: float) -> None:
@@ -142,6 +148,8 @@ class HTSAT(nn.Module):
             raise ValueError(f"waveform must be (batch, num_samples), got shape {tuple(waveform.shape)}")
         if not waveform.is_floating_point():
             raise ValueError(f"waveform must be floating point in [-1, 1], got {waveform.dtype}")
+        if not len(waveform):
+            raise ValueError("waveform holds no clip: its shape is (0, num_samples)")
         num_samples = waveform.shape[1]
         in_chunk = fit in ("pad", "tile")
         limit = self.chunk_samples if in_chunk else self.num_frames * self.frontend_config.hop_length - 1
@@ -231,16 +239,45 @@ class HTSAT(nn.Module):
         Raises:
             ValueError: wrong shape or length; see ``fit_waveform``.
         """
-        log_mel = self.frontend(self.fit_waveform(waveform, fit))
+        waveform, num_samples = self.fit_waveform(waveform, fit), waveform.shape[1]
+        inferring = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if waveform.device.type == "cpu" and inferring:
+            # Clip by clip: no slower on a CPU, needs a fraction of the memory, and a clip gets the same bits in any
+            # batch (matrix products and reductions may choose their order of summation by the size of the batch).
+            clips = [self._run(clip.unsqueeze(0), fit, attention) for clip in waveform]
+            output = clips[0] if len(clips) == 1 else _concatenate(clips)
+        else:
+            output = self._run(waveform, fit, attention)
+        if output.framewise_logits is None or fit not in ("pad", "tile"):
+            return output
+        num_frames = -(-num_samples * self.num_tokens // self.chunk_samples)
+        return replace(output, framewise_logits=output.framewise_logits[:, :num_frames])
+
+    def _run(self, waveform: Tensor, fit: Fit, attention: bool) -> ModelOutput:
+        """Run the network on waveforms that fit it."""
+        log_mel = self.frontend(waveform)
         if fit == "repeat":
             log_mel = log_mel.repeat(1, self.num_frames // log_mel.shape[1], 1)
         maps: list[Tensor] | None = [] if attention else None
         tokens = self.encode(self.normalise(self.stretch(log_mel)), maps)
         # Pooled over the whole chunk also when the clip is shorter: this is what the head was trained on.
         clipwise, framewise = self.classify(tokens)
-        if framewise is not None and fit in ("pad", "tile"):
-            framewise = framewise[:, : -(-waveform.shape[1] * self.num_tokens // self.chunk_samples)]
         return ModelOutput(clipwise, framewise, tokens.mean((2, 3)), tuple(maps or ()))
+
+
+def _concatenate(outputs: list[ModelOutput]) -> ModelOutput:
+    """Join the outputs of single clips to those of a batch."""
+
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return ModelOutput(
+        joined([o.clipwise_logits for o in outputs]),
+        joined([o.framewise_logits for o in outputs]),
+        torch.cat([o.embedding for o in outputs]),
+        tuple(torch.cat(maps) for maps in zip(*(o.attention for o in outputs), strict=True)),
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -271,4 +308,4 @@ def pool_tokens(framewise_logits: Tensor, rule: str) -> Tensor:
     """
     if rule == "mean":
         return framewise_logits.mean(1)
-    return torch.logsumexp(framewise_logits, 1) - torch.log(torch.tensor(float(framewise_logits.shape[1])))
+    return torch.logsumexp(framewise_logits, 1) - math.log(framewise_logits.shape[1])

@@ -29,7 +29,7 @@ def window_order(resolution: int, window_size: int, shift: int = 0) -> Tensor:
         window_size: side of a window in tokens.
         shift: tokens by which the square is rolled up and left first.
     """
-    raster = torch.arange(resolution * resolution).view(resolution, resolution)
+    raster = torch.arange(resolution * resolution, device="cpu").view(resolution, resolution)
     raster = torch.roll(raster, (-shift, -shift), (0, 1))
     windows = resolution // window_size
     return raster.view(windows, window_size, windows, window_size).transpose(1, 2).reshape(-1)
@@ -42,13 +42,13 @@ def merge_order(resolution: int) -> Tensor:
     right, which is the order of the published ``PatchMerging`` concatenation.
     """
     half = resolution // 2
-    raster = torch.arange(resolution * resolution).view(half, 2, half, 2)
+    raster = torch.arange(resolution * resolution, device="cpu").view(half, 2, half, 2)
     return raster.permute(0, 2, 3, 1).reshape(-1)
 
 
 def shift_mask(resolution: int, window_size: int, shift: int) -> Tensor:
     """Return what to add to the attention logits of each shifted window, (windows, N, N), 0 or MASKED."""
-    sides = torch.zeros(resolution, dtype=torch.int64)
+    sides = torch.zeros(resolution, dtype=torch.int64, device="cpu")
     sides[-window_size:-shift] = 1
     sides[-shift:] = 2
     region = (3 * sides[:, None] + sides[None, :]).reshape(-1)[window_order(resolution, window_size)]
@@ -58,7 +58,7 @@ def shift_mask(resolution: int, window_size: int, shift: int) -> Tensor:
 
 def relative_position_index(window_size: int) -> Tensor:
     """Return for each pair of tokens of a window the row of the bias table, (N, N) int64."""
-    position = torch.arange(window_size)
+    position = torch.arange(window_size, device="cpu")
     rows, columns = torch.meshgrid(position, position, indexing="ij")
     delta_row = rows.reshape(-1, 1) - rows.reshape(1, -1) + window_size - 1
     delta_column = columns.reshape(-1, 1) - columns.reshape(1, -1) + window_size - 1
@@ -125,22 +125,13 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        self._cached: tuple[tuple[Any, ...], Tensor] | None = None
 
     def _bias(self) -> Tensor:
-        """Return position bias plus mask, (windows or 1, heads, N, N); kept between calls without gradients."""
-        table = self.relative_position_bias_table
-        key = (table.data_ptr(), None if table.is_inference() else table._version, table.dtype, table.device)
-        caching = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if caching and self._cached is not None and self._cached[0] == key:
-            return self._cached[1]
-        bias = table[self.relative_position_index.view(-1)].view(self.tokens, self.tokens, -1)
+        """Return position bias plus mask, (windows or 1, heads, N, N)."""
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(self.tokens, self.tokens, -1)
         bias = bias.permute(2, 0, 1).unsqueeze(0)
         if self.mask is not None:
             bias = bias + self.mask.to(bias.dtype).unsqueeze(1)
-        if caching:
-            bias = bias.contiguous()
-            self._cached = (key, bias)
         return bias
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
@@ -169,17 +160,8 @@ class WindowAttention(nn.Module):
             out = attention.view(batch * windows, self.num_heads, self.tokens, self.tokens).to(v.dtype) @ v
         elif bias.shape[0] == 1 or batch == 1:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        elif x.is_cuda:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(batch, 1, 1, 1), scale=self.scale)
         else:
-            # One call per clip: the mask of each window is then shared, not copied for every clip.
-            clips = [t.unflatten(0, (batch, windows)) for t in (q, k, v)]
-            out = torch.stack(
-                [
-                    F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-                    for q, k, v in zip(*clips, strict=True)
-                ]
-            ).flatten(0, 1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.repeat(batch, 1, 1, 1), scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
 
 
@@ -257,11 +239,12 @@ class Stage(nn.Module):
         self.merge = PatchMerging(width) if merge else None
 
         orders = [window_order(resolution, window_size, shift if i % 2 else 0) for i in range(depth)]
-        out = merge_order(resolution) if merge else torch.arange(resolution * resolution)
-        current = torch.arange(resolution * resolution)  # raster index of each token as it lies now
+        raster = torch.arange(resolution * resolution, device="cpu")
+        out = merge_order(resolution) if merge else raster
+        current = raster  # raster index of each token as it lies now
         for step, target in enumerate([*orders, out]):
             move = torch.argsort(current)[target]
-            still = torch.equal(move, torch.arange(len(move)))
+            still = torch.equal(move, raster)
             self.register_buffer(f"move{step}", None if still else move, persistent=False)
             current = target
         self.gradient_checkpointing = False

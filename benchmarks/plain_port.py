@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from htsat.audio.mel import mel_filterbank
 from htsat.config import FrontendConfig, ModelConfig

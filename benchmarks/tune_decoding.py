@@ -35,7 +35,9 @@ def scenes_of(run: Path, data: Path, count: int) -> tuple[list, dict[str, list[E
     held_out = dataclasses.replace(
         held_out,
         data=dataclasses.replace(held_out.data, labels=tuple(x for x in recipe.data.labels if x != "speech")),
-        model=dataclasses.replace(recipe.model, num_classes=recipe.model.num_classes - ("speech" in recipe.data.labels)),
+        model=dataclasses.replace(
+            recipe.model, num_classes=recipe.model.num_classes - ("speech" in recipe.data.labels)
+        ),
     )
     material = load_material(held_out, data, lambda line, share: None)
     rate = recipe.frontend.sample_rate
@@ -91,7 +93,9 @@ def main() -> None:
         config = DecodingConfig(threshold, threshold * off, median, least, gap)
         tried.append((mean(scores(config)), config))
     best, config = max(tried, key=lambda pair: pair[0])
-    print(f"# {len(posteriors)} scenes; plain 0.5: {mean(scores(DecodingConfig())):.4f}; one setting: {best:.4f} {config}")
+    print(
+        f"# {len(posteriors)} scenes; plain 0.5: {mean(scores(DecodingConfig())):.4f}; one setting: {best:.4f} {config}"
+    )
 
     # Then each class by itself: its F1 does not depend on the settings of the others.
     per_class: dict[str, dict[str, float]] = {label: {} for label in scored}

@@ -1,5 +1,4 @@
-"""A data root in miniature: the folders and tables of the real one, a pure tone for each class.
-"""
+"""A data root in miniature: the folders and tables of the real one, a pure tone for each class."""
 
 import csv
 from collections.abc import Sequence
@@ -82,9 +81,7 @@ def make_root(root: Path) -> Path:
     return root
 
 
-def _make_soundscapes(
-    folder: Path, split: str, clips: Sequence[tuple], count: int, rng: np.random.Generator
-) -> None:
+def _make_soundscapes(folder: Path, split: str, clips: Sequence[tuple], count: int, rng: np.random.Generator) -> None:
     strong, weak, durations, sources = [], [], [], []
     for number in range(count):
         name = f"{split}_{number:04d}.wav"

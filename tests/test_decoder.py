@@ -106,7 +106,10 @@ def test_order_and_exceptions_per_label():
     # "zebra" comes before "ant" in the labels, hence also at the same onset.
     events = decode_events(posteriors, np.array([0.0, 1.0, 2.0, 2.5]), ["zebra", "ant", "cat"], config)
     assert events == [
-        Event("zebra", 0, 1, 0.6), Event("ant", 0, 2, 0.6), Event("zebra", 2, 2.5, 0.6), Event("cat", 2, 2.5, 0.3),
+        Event("zebra", 0, 1, 0.6),
+        Event("ant", 0, 2, 0.6),
+        Event("zebra", 2, 2.5, 0.6),
+        Event("cat", 2, 2.5, 0.3),
     ]
     assert decode_events(posteriors[:, :1], np.arange(4.0), ["dog"], config) == []
     assert all(type(v) is float for e in events for v in (e.onset, e.offset, e.probability))

@@ -292,7 +292,7 @@ def test_desed_tables():
 def test_tsv_variants():
     text = (
         "\ufeffonset\toffset\tfilename\tevent_label\textra\r\n"
-        "0.1\t0.2\ta.wav\tDog \tx\r\n\r\n\t\tb.wav\t\t\r\nnan\tNaN\tc.wav\tnan\r\n1e0\t2\ta.wav\t\"Cat\r\n"
+        '0.1\t0.2\ta.wav\tDog \tx\r\n\r\n\t\tb.wav\t\t\r\nnan\tNaN\tc.wav\tnan\r\n1e0\t2\ta.wav\t"Cat\r\n'
     )
     assert parse_events(text, "tsv", name="x") == [
         Detections("a.wav", None, [Event("Dog", 0.1, 0.2), Event('"Cat', 1, 2)]),
@@ -322,7 +322,8 @@ def test_webvtt_with_notes_names_styles_and_tags():
         "<v Bob>Rain &amp;\r\nwind</v>\r\n\r\n100:00:00.000 --> 100:00:01.000\r\nDog"
     )
     assert parse_events(text, "webvtt", name="x.vtt")[0].events == [
-        Event("Rain & wind", 1.0, 2.5), Event("Dog", 360000.0, 360001.0)
+        Event("Rain & wind", 1.0, 2.5),
+        Event("Dog", 360000.0, 360001.0),
     ]
 
 
@@ -354,9 +355,7 @@ def test_same_cues_as_webvtt_py():
     webvtt = pytest.importorskip("webvtt")
     item = Detections("a", 9.0, [Event("R&B <live>", 0.5, 1.25), Event("dog", 3600, 3601)])
     captions = webvtt.from_string(format_events([item], "webvtt")).captions
-    assert [(c.start, c.end) for c in captions] == [
-        ("00:00:00.500", "00:00:01.250"), ("01:00:00.000", "01:00:01.000")
-    ]
+    assert [(c.start, c.end) for c in captions] == [("00:00:00.500", "00:00:01.250"), ("01:00:00.000", "01:00:01.000")]
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -447,8 +446,15 @@ def test_usage_errors():
 
 def test_format_by_ending():
     endings = {
-        "a.tsv": "tsv", "a.csv": "csv", "a.JSON": "json", "a.jsonl": "jsonl", "d.ir/a.txt": "audacity",
-        "a.selections.txt": "raven", "a.raven.txt": "raven", "a.vtt": "webvtt", "a.TextGrid": "textgrid",
+        "a.tsv": "tsv",
+        "a.csv": "csv",
+        "a.JSON": "json",
+        "a.jsonl": "jsonl",
+        "d.ir/a.txt": "audacity",
+        "a.selections.txt": "raven",
+        "a.raven.txt": "raven",
+        "a.vtt": "webvtt",
+        "a.TextGrid": "textgrid",
         "a.textgrid": "textgrid",
     }
     assert {path: format_for_path(path) for path in endings} == endings

@@ -291,7 +291,10 @@ def test_order_of_events_does_not_matter(metric, desed):
 def test_accuracy_and_confusion_by_hand():
     assert tagging.accuracy([0, 1, 2, 2], [0, 2, 2, 1]) == 0.5
     assert tagging.confusion_matrix([0, 1, 2, 2], [0, 2, 2, 1], 4).tolist() == [
-        [1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0],
+        [1, 0, 0, 0],
+        [0, 0, 1, 0],
+        [0, 1, 1, 0],
+        [0, 0, 0, 0],
     ]
 
 

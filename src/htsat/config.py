@@ -24,7 +24,8 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     if origin is Literal:
         if value not in typing.get_args(expected):
             allowed = ", ".join(map(repr, typing.get_args(expected)))
-            raise ConfigError(f"{where}: expected one of {allowed}, got {value!r}{nearest(str(value), map(str, typing.get_args(expected)))}")
+            hint = nearest(str(value), map(str, typing.get_args(expected)))
+            raise ConfigError(f"{where}: expected one of {allowed}, got {value!r}{hint}")
         return value
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(expected)
@@ -76,7 +77,9 @@ def from_dict(cls: type[T], values: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), fields) or '; known: ' + ', '.join(fields)}")
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{nearest(str(key), fields) or '; known: ' + ', '.join(fields)}"
+            )
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: key {name!r} is missing")
@@ -198,7 +201,9 @@ class ModelConfig:
         for stage in range(len(self.depths)):
             resolution = self.image_size // (self.patch_size << stage)
             if resolution > self.window_size and resolution % self.window_size:
-                raise ConfigError(f"stage {stage} has {resolution} tokens a side, no multiple of window_size {self.window_size}")
+                raise ConfigError(
+                    f"stage {stage} has {resolution} tokens a side, no multiple of window_size {self.window_size}"
+                )
 
 
 @dataclass(frozen=True)
@@ -287,14 +292,17 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if len(self.labels) != self.model.num_classes:
             raise ConfigError(
-                f"{len(self.labels)} labels for {self.model.num_classes} classes; give as many labels as the weights have outputs"
+                f"{len(self.labels)} labels for {self.model.num_classes} classes; "
+                "give as many labels as the weights have outputs"
             )
         if len(set(self.labels)) != len(self.labels):
             twice = next(label for label in self.labels if self.labels.count(label) > 1)
             raise ConfigError(f"label {twice!r} occurs twice")
         for label in self.decoding.per_class:
             if label not in self.labels:
-                raise ConfigError(f"decoding names the label {label!r} that the model lacks{nearest(label, self.labels)}")
+                raise ConfigError(
+                    f"decoding names the label {label!r} that the model lacks{nearest(label, self.labels)}"
+                )
         frontend, model = self.frontend, self.model
         if model.image_size % frontend.n_mels:
             raise ConfigError(f"image_size {model.image_size} must be a multiple of n_mels {frontend.n_mels}")
@@ -310,7 +318,9 @@ class CheckpointConfig:
                 f"more than the {self.num_frames} that fit the square"
             )
         if self.inference.hop_seconds > model.chunk_seconds:
-            raise ConfigError(f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {model.chunk_seconds:g} s")
+            raise ConfigError(
+                f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {model.chunk_seconds:g} s"
+            )
 
     @property
     def chunk_samples(self) -> int:

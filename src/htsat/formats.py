@@ -371,9 +371,7 @@ def _read_raven(text: str, name: str) -> list[Detections]:
             if identity in seen:
                 continue
             seen.add(identity)
-        event = row.event(
-            cells["Begin Time (s)"], cells["End Time (s)"], cells[label_column].strip(), probability
-        )
+        event = row.event(cells["Begin Time (s)"], cells["End Time (s)"], cells[label_column].strip(), probability)
         within = cells.get("File Offset (s)", "").strip()
         if within:
             try:

@@ -231,10 +231,10 @@ class Predictor:
             with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
                     clip_logits, frame_logits, embedding = self._run(np.stack([chunk.samples for chunk in batch]))
-                    clipwise.append(self._posteriors(clip_logits))
+                    clipwise.append(self._clip_posteriors(clip_logits))
                     embeddings.append(embedding)
                     for chunk, logits in zip(batch, frame_logits, strict=True):
-                        stitcher.add(chunk.start_token, self._posteriors(logits))
+                        stitcher.add(chunk.start_token, sigmoid(logits))
                         lengths.append(chunk.length)
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
@@ -280,7 +280,7 @@ class Predictor:
                 raise MemoryError(f"no memory for a batch of {self._batch_size}") from error
             raise
 
-    def _posteriors(self, logits: Array) -> Array:
+    def _clip_posteriors(self, logits: Array) -> Array:
         """Return posteriors of logits (..., num_classes): each class for itself, or all adding up to 1."""
         return softmax(logits) if self.config.objective == "single_label" else sigmoid(logits)
 

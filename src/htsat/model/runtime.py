@@ -84,5 +84,7 @@ def pick_device(device: str) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda, cuda:N or mps") from None
+        raise UsageError(
+            f"device {device!r} cannot be used ({reason}); expected auto, cpu, cuda, cuda:N or mps"
+        ) from None
     return chosen

@@ -128,7 +128,9 @@ class WindowAttention(nn.Module):
 
     def _bias(self) -> Tensor:
         """Return position bias plus mask, (windows or 1, heads, N, N)."""
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(self.tokens, self.tokens, -1)
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(
+            self.tokens, self.tokens, -1
+        )
         bias = bias.permute(2, 0, 1).unsqueeze(0)
         if self.mask is not None:
             bias = bias + self.mask.to(bias.dtype).unsqueeze(1)
@@ -250,7 +252,7 @@ class Stage(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """Map (batch, resolution^2, width) to (batch, resolution^2 / 4, 2 width), or the same shape in the last stage."""
+        """Map (batch, resolution^2, width) to (batch, resolution^2 / 4, 2 width); the last stage keeps the shape."""
         for step, block in enumerate(self.blocks):
             x = self._move(x, step)
             if self.gradient_checkpointing and torch.is_grad_enabled() and maps is None:

@@ -245,9 +245,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _restore(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int
-) -> int:
+def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> int:
     """Load a saved state and return how many steps it has behind it."""
     if not path.exists():
         return 0  # stopped before the first save: the run begins again
@@ -262,7 +260,14 @@ def _restore(
         return step
     # Whatever a damaged file makes of the reader; the remedy is the same.
     except (
-        OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, pickle.UnpicklingError
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
     ) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(

@@ -283,7 +283,8 @@ class CheckpointConfig:
     labels: tuple[str, ...] = ()
     """One per class; empty for an encoder without classes."""
     objective: Literal["multi_label", "single_label"] = "multi_label"
-    """Clip posteriors are sigmoid (several labels at once) or softmax (exactly one) of the clip logits."""
+    """Clip posteriors are sigmoid (several labels at once) or softmax (exactly one) of the clip logits; framewise
+    posteriors are always sigmoid, as published."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -63,7 +63,7 @@ class TrainConfig:
     warmup: float = 0.06
     """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.05
-    """Of matrices and kernels; biases, norms and position tables have none."""
+    """Of matrices, kernels and the frequency embedding; biases, norms and relative position tables have none."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     average_decay: float = 0.998

@@ -275,13 +275,18 @@ def test_progress(tone_predictor):
 
 
 class Rationed(ToneBackend):
-    """Notes at each call how many samples were read by then, after waiting for the reader to stop."""
+    """Notes at each call how many samples were read by then, after waiting for the reader to come ahead and stop."""
 
     def __init__(self, config, read):
         super().__init__(config)
         self.read, self.seen = read, []
 
     def __call__(self, chunks):
+        # A busy machine may hold the reader up: what it must come to is waited for, however long within reason.
+        ahead = min(25 + 10 * len(self.seen), 120) * RATE
+        patience = time.monotonic() + 20
+        while self.read[0] < ahead and time.monotonic() < patience:
+            time.sleep(0.01)
         last, still = -1, 0
         while still < 10:  # the reader stands still for 0.1 s
             still = still + 1 if self.read[0] == last else 0

@@ -31,7 +31,10 @@ def scenes_of(run: Path, data: Path, count: int) -> tuple[list, dict[str, list[E
     """Return (name, posteriors) of each scene, the reference events, and the run's recipe."""
     recipe = from_dict(Recipe, json.loads((run / "recipe.json").read_text(encoding="utf-8")), str(run / "recipe.json"))
     fold = recipe.data.test_fold
-    held_out = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, soundscapes=None, speech=None))
+    # Decoding may name the speech class, which is left out here, and is not used to mix scenes.
+    held_out = dataclasses.replace(
+        recipe, decoding=DecodingConfig(), data=dataclasses.replace(recipe.data, soundscapes=None, speech=None)
+    )
     held_out = dataclasses.replace(
         held_out,
         data=dataclasses.replace(held_out.data, labels=tuple(x for x in recipe.data.labels if x != "speech")),

@@ -13,16 +13,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "htsat"
 #: ``audio``, and knows no network.
 ORDER = (
     *("errors", "files", "config", "labels", "events", "grid", "formats", "audio", "plot", "model", "detection"),
-    *("metrics", "data", "training", "predict", "apps", "cli"),
+    *("metrics", "predict", "data", "evaluation", "training", "apps", "commands", "cli"),
 )
 #: the lazy front door, and the command's other name
 DOORS = ("__init__", "__main__")
 WITHOUT_TORCH = (
     *("errors", "files", "config", "labels", "events", "grid", "formats", "audio", "plot", "detection", "metrics"),
-    *("predict", "cli", *DOORS),
+    *("predict", "commands", "cli", *DOORS),
 )
 #: what may be printed from or end the process
-SPEAKERS = ("cli", "apps")
+SPEAKERS = ("cli", "apps", "commands")
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

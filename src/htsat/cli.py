@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from htsat import __version__
+from htsat.commands.console import Progress, tell
 from htsat.errors import AudioError, ConfigError, HtsatError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def train(
     from htsat.training.recipe import load_recipe
 
     settings = load_recipe(recipe, set_)
-    with _Progress() as progress:
+    with Progress() as progress:
 
         def on_step(step: Step) -> None:
             line = f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {step.scenes_per_second:.1f} scenes/s"
@@ -445,7 +445,7 @@ class _Run:
                         below = Path(given).resolve().name / below
                 self._items.append(_Input(_free(str(below.with_suffix("")), below.suffix, taken), found))
         self._failed = 0
-        self._progress = _Progress()
+        self._progress = Progress()
 
     @property
     def several(self) -> bool:
@@ -478,7 +478,7 @@ class _Run:
         self._progress.clear()
         if kind is None and self._failed:
             if self.several:
-                _tell(f"{self._failed} of {len(self._items)} inputs failed")
+                tell(f"{self._failed} of {len(self._items)} inputs failed")
             raise typer.Exit(1)
 
     def predictions(
@@ -531,7 +531,7 @@ class _Run:
     def fail(self, message: str) -> None:
         """Tell of a failure and count it."""
         self._progress.clear()
-        _tell(message)
+        tell(message)
         self._failed += 1
 
 
@@ -567,65 +567,6 @@ def _stdin() -> Any:
     return sys.stdin.buffer
 
 
-class _Progress:
-    """One line on stderr that is rewritten; on something other than a terminal, nothing or a line now and then."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr is not None and sys.stderr.isatty()
-        self._bar = "█░" if self._live and "utf" in (sys.stderr.encoding or "").lower() else "#-"
-        self._drawn = False
-        self._count = 0
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-    def update(self, line: str, share: float, every: int = 0) -> None:
-        """Show a line and a bar; without a terminal every ``every``-th line, or none if 0."""
-        self._count += 1
-        if self._live:
-            try:
-                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            except OSError:
-                columns = 80
-            done = round(20 * share)
-            text = f"{self._bar[0] * done}{self._bar[1] * (20 - done)} {share:4.0%}  {_one_line(line)}"
-            sys.stderr.write(f"\r\x1b[2K{_cut(text, columns - 1)}")
-            sys.stderr.flush()
-            self._drawn = True
-        elif every and self._count % every == 0:
-            print(line, file=sys.stderr)
-
-    def clear(self) -> None:
-        """Take the line away."""
-        if self._drawn:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-            self._drawn = False
-
-
-def _cut(text: str, columns: int) -> str:
-    """Return as much of ``text`` as fits a terminal's line, where East Asian characters take two columns."""
-    used = 0
-    for i, character in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used > columns:
-            return text[:i]
-    return text
-
-
-def _one_line(text: str) -> str:
-    """Return ``text`` without line breaks and escape sequences, which names of files may hold."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _tell(message: str) -> None:
-    """Print one line to stderr."""
-    print(f"htsat: {_one_line(' '.join(message.splitlines()))}", file=sys.stderr)
-
-
 #: what Typer raises for wrong usage; which package defines it depends on Typer's version
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -643,7 +584,7 @@ def main() -> None:
         _drop_stdout()
     except OSError as error:
         # Those of files are turned into our own errors where they occur, so this is a full disk behind stdout.
-        _tell(f"{error.filename or 'stdout'}: cannot be read or written ({error.strerror or error}); check the disk")
+        tell(f"{error.filename or 'stdout'}: cannot be read or written ({error.strerror or error}); check the disk")
         code = 1
         _drop_stdout()
     sys.exit(code)
@@ -655,18 +596,18 @@ def _dispatch() -> int:
         # Not standalone: exit codes are returned and wrong usage is raised, for us to print as one line.
         code = int(app(prog_name="htsat", standalone_mode=False) or 0)
     except HtsatError as error:
-        _tell(str(error))
+        tell(str(error))
         return 2 if isinstance(error, UsageError) else 1
     except MemoryError as error:
-        _tell(f"not enough memory ({error}); close other programs or use a smaller model")
+        tell(f"not enough memory ({error}); close other programs or use a smaller model")
         return 1
     except _ClickError as error:
-        _tell(_usage_message(error))
+        tell(_usage_message(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:
-        _tell("interrupted")
+        tell("interrupted")
     return code
 
 

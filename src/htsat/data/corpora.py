@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from htsat.audio.decode import AUDIO_SUFFIXES
 from htsat.errors import DataError, nearest
@@ -31,12 +32,37 @@ class Clip:
         labels: what sounds in it.
         events: when; None if only the labels are known.
         folds: cross-validation folds of every recording that went into it; empty if it has none.
+        split: the official split that it belongs to (``train``, ``validation``, ``test``); None if there is none.
+        group: what no two splits may share: the recording it was cut from, or the speaker; None if unknown.
+        index: which clip of a packed file (HDF5, shard) it is; None if the file is the clip.
     """
 
     path: Path
     labels: tuple[str, ...]
     events: tuple[Event, ...] | None = None
     folds: frozenset[int] = frozenset()
+    split: str | None = None
+    group: str | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Labelled recordings to train or score on.
+
+    Attributes:
+        name: which corpus it is, as ``open_corpus`` calls it.
+        folder: where it lies.
+        labels: the classes, in the order of a model's outputs; the same on every machine.
+        objective: ``single_label`` if every clip has exactly one label, else ``multi_label``.
+        clips: in a fixed order.
+    """
+
+    name: str
+    folder: Path
+    labels: tuple[str, ...]
+    objective: Literal["single_label", "multi_label"]
+    clips: tuple[Clip, ...]
 
 
 def read_esc(folder: Path) -> list[Clip]:

@@ -9,16 +9,42 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "htsat"
 #: from the ground up: a room imports those before it and itself. ``files`` writes bytes whole or not at all, for all of
-#: them; ``formats`` is words and text and knows no sound; ``plot`` draws what it is given, with the mel filters of
-#: ``audio``, and knows no network.
+#: them; ``fetch`` brings one address to one file; ``formats`` is words and text and knows no sound; ``plot`` draws what
+#: it is given, with the mel filters of ``audio``, and knows no network.
 ORDER = (
-    *("errors", "files", "config", "labels", "events", "grid", "formats", "audio", "plot", "model", "detection"),
+    *(
+        "errors",
+        "files",
+        "fetch",
+        "config",
+        "labels",
+        "events",
+        "grid",
+        "formats",
+        "audio",
+        "plot",
+        "model",
+        "detection",
+    ),
     *("metrics", "predict", "data", "evaluation", "training", "apps", "commands", "cli"),
 )
 #: the lazy front door, and the command's other name
 DOORS = ("__init__", "__main__")
 WITHOUT_TORCH = (
-    *("errors", "files", "config", "labels", "events", "grid", "formats", "audio", "plot", "detection", "metrics"),
+    *(
+        "errors",
+        "files",
+        "fetch",
+        "config",
+        "labels",
+        "events",
+        "grid",
+        "formats",
+        "audio",
+        "plot",
+        "detection",
+        "metrics",
+    ),
     *("predict", "commands", "cli", *DOORS),
 )
 #: what may be printed from or end the process

@@ -176,21 +176,25 @@ def test_the_order_of_a_batch_does_not_matter(threads: Any, model: HTSAT) -> Non
 # ------------------------------------------------------------------- window permutations
 
 
-def cut(x: Tensor, window: int) -> Tensor:
-    """Cut squares (batch, side, side, width) into windows by slicing, (batch, windows, window^2, width)."""
-    side = x.shape[1]
-    starts = range(0, side, window)
-    windows = [x[:, r : r + window, c : c + window].flatten(1, 2) for r in starts for c in starts]
+def cut(x: Tensor, height: int, width: int | None = None) -> Tensor:
+    """Cut pictures (batch, rows, columns, features) into windows by slicing, (batch, windows, N, features)."""
+    width = width or height
+    windows = [
+        x[:, r : r + height, c : c + width].flatten(1, 2)
+        for r in range(0, x.shape[1], height)
+        for c in range(0, x.shape[2], width)
+    ]
     return torch.stack(windows, 1)
 
 
-def join(windows: Tensor, side: int, window: int) -> Tensor:
-    """Put windows back into squares: the inverse of ``cut``."""
-    x = windows.new_empty(windows.shape[0], side, side, windows.shape[-1])
+def join(windows: Tensor, sides: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """Put windows back into pictures: the inverse of ``cut``."""
+    (rows, columns), (height, width) = sides, window
+    x = windows.new_empty(windows.shape[0], rows, columns, windows.shape[-1])
     for number in range(windows.shape[1]):
-        r, c = divmod(number, side // window)
-        tile = windows[:, number].view(-1, window, window, windows.shape[-1])
-        x[:, r * window : (r + 1) * window, c * window : (c + 1) * window] = tile
+        r, c = divmod(number, columns // width)
+        tile = windows[:, number].view(-1, height, width, windows.shape[-1])
+        x[:, r * height : (r + 1) * height, c * width : (c + 1) * width] = tile
     return x
 
 
@@ -198,7 +202,7 @@ def join(windows: Tensor, side: int, window: int) -> Tensor:
 def test_window_order_is_roll_and_cut(side: int, window: int, shift: int) -> None:
     x = torch.randn(2, side, side, 3)
     expected = cut(torch.roll(x, (-shift, -shift), (1, 2)), window).flatten(1, 2)
-    assert torch.equal(x.flatten(1, 2)[:, window_order(side, window, shift)], expected)
+    assert torch.equal(x.flatten(1, 2)[:, window_order((side, side), (window, window), (shift, shift))], expected)
 
 
 @pytest.mark.parametrize("side", [2, 8, 16])
@@ -206,7 +210,7 @@ def test_merge_order_is_the_published_concatenation(side: int) -> None:
     x = torch.randn(2, side, side, 3)
     parts = [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]]
     expected = torch.cat(parts, -1).flatten(1, 2)
-    assert torch.equal(x.flatten(1, 2)[:, merge_order(side)].reshape(2, -1, 12), expected)
+    assert torch.equal(x.flatten(1, 2)[:, merge_order((side, side))].reshape(2, -1, 12), expected)
 
 
 @pytest.mark.parametrize(("side", "window", "shift"), [(8, 4, 2), (16, 8, 4), (12, 4, 1)])
@@ -216,7 +220,7 @@ def test_shift_mask_forbids_what_only_the_roll_made_neighbours(side: int, window
     windows = cut(torch.roll(position, (-shift, -shift), (1, 2)), window)[0]
     apart = (windows[:, :, None] - windows[:, None, :]).abs().amax(-1)
     expected = torch.where(apart < window, 0.0, -100.0)
-    assert torch.equal(shift_mask(side, window, shift), expected)
+    assert torch.equal(shift_mask((side, side), (window, window), (shift, shift)), expected)
 
 
 @pytest.mark.parametrize("window", [2, 4, 8])
@@ -228,15 +232,19 @@ def test_relative_position_index_is_the_offset_of_two_tokens(window: int) -> Non
             assert index[a, b] == (rows + window - 1) * (2 * window - 1) + columns + window - 1
 
 
-def plain_stage(stage: Stage, x: Tensor, side: int, window: int) -> Tensor:
+def plain_stage(stage: Stage, x: Tensor, sides: tuple[int, int], largest: int) -> Tensor:
     """Compute a stage as its description says: roll, cut, attend window by window and head by head, join, roll back."""
-    window = min(window, side)
+    window = (min(largest, sides[0]), min(largest, sides[1]))
     batch, width = x.shape[0], x.shape[2]
+    tokens = [(r, c) for r in range(window[0]) for c in range(window[1])]
+    offsets = [
+        [(a[0] - b[0] + largest - 1) * (2 * largest - 1) + a[1] - b[1] + largest - 1 for b in tokens] for a in tokens
+    ]
     for number, block in enumerate(stage.blocks):
         attn: Any = block.attn
-        shift = window // 2 if number % 2 and side > window else 0
-        square = torch.roll(block.norm1(x).unflatten(1, (side, side)), (-shift, -shift), (1, 2))  # type: ignore[operator]
-        windows = cut(square, window)
+        shift = [largest // 2 if number % 2 and side > largest else 0 for side in sides]
+        square = torch.roll(block.norm1(x).unflatten(1, sides), (-shift[0], -shift[1]), (1, 2))  # type: ignore[operator]
+        windows = cut(square, *window)
         heads = []
         for head in range(attn.num_heads):
             size = width // attn.num_heads
@@ -245,20 +253,23 @@ def plain_stage(stage: Stage, x: Tensor, side: int, window: int) -> Tensor:
                 windows @ attn.qkv.weight[i * width :][rows].T + attn.qkv.bias[i * width :][rows] for i in range(3)
             )
             logits = q @ k.transpose(-1, -2) / size**0.5
-            logits = logits + attn.relative_position_bias_table[relative_position_index(window), head]
-            if shift:
-                logits = logits + shift_mask(side, window, shift)
+            logits = logits + attn.relative_position_bias_table[torch.tensor(offsets), head]
+            if any(shift):
+                place = torch.cartesian_prod(torch.arange(sides[0]), torch.arange(sides[1])).view(1, *sides, 2)
+                place = cut(torch.roll(place, (-shift[0], -shift[1]), (1, 2)), *window)[0]
+                apart = (place[:, :, None] - place[:, None, :]).abs()
+                logits = logits + torch.where((apart < torch.tensor(window)).all(-1), 0.0, -100.0)
             logits = logits - logits.amax(-1, keepdim=True)
             heads.append(logits.exp() / logits.exp().sum(-1, keepdim=True) @ v)
-        out = join(torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias, side, window)
-        x = x + torch.roll(out, (shift, shift), (1, 2)).reshape(batch, side * side, width)
+        out = join(torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias, sides, window)
+        x = x + torch.roll(out, (shift[0], shift[1]), (1, 2)).reshape(batch, -1, width)
         mlp: Any = block.mlp
         hidden = block.norm2(x) @ mlp.fc1.weight.T + mlp.fc1.bias  # type: ignore[operator]
         hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
         x = x + hidden @ mlp.fc2.weight.T + mlp.fc2.bias
     if stage.merge is None:
         return x
-    square = x.view(batch, side, side, width)
+    square = x.view(batch, *sides, width)
     parts = [square[:, r::2, c::2] for c in (0, 1) for r in (0, 1)]
     merged = stage.merge.norm(torch.cat(parts, -1).flatten(1, 2))
     return merged @ stage.merge.reduction.weight.T  # type: ignore[no-any-return]
@@ -266,13 +277,17 @@ def plain_stage(stage: Stage, x: Tensor, side: int, window: int) -> Tensor:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["fused", "explicit"])
 @pytest.mark.parametrize(
-    ("side", "depth", "merge"), [(16, 2, True), (8, 3, True), (8, 2, False), (4, 2, False), (2, 1, True)]
-)
-def test_a_stage_is_roll_cut_attend_join(side: int, depth: int, merge: bool, grad: bool) -> None:
+    ("sides", "depth", "merge"),
+    [
+        ((16, 16), 2, True), ((8, 8), 3, True), ((8, 8), 2, False), ((4, 4), 2, False), ((2, 2), 1, True),
+        ((8, 16), 3, True), ((4, 16), 2, True), ((2, 8), 2, False), ((4, 8), 3, True), ((2, 2), 2, False),
+    ],
+)  # fmt: skip
+def test_a_stage_is_roll_cut_attend_join(sides: tuple[int, int], depth: int, merge: bool, grad: bool) -> None:
     torch.manual_seed(0)
     stage = Stage(
         width=12,
-        resolution=side,
+        resolution=16 if sides[0] < sides[1] else sides[1],
         depth=depth,
         num_heads=3,
         window_size=4,
@@ -283,10 +298,10 @@ def test_a_stage_is_roll_cut_attend_join(side: int, depth: int, merge: bool, gra
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
-    x = torch.randn(3, side * side, 12, dtype=torch.float64)
+    x = torch.randn(3, sides[0] * sides[1], 12, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
-        actual = stage(x)
-        torch.testing.assert_close(actual, plain_stage(stage, x, side, 4), rtol=1e-10, atol=1e-10)
+        actual = stage(x, sides)
+        torch.testing.assert_close(actual, plain_stage(stage, x, sides, stage.window_size), rtol=1e-10, atol=1e-10)
 
 
 def test_permutation_has_the_gradients_of_plain_indexing() -> None:

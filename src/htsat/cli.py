@@ -20,6 +20,9 @@ import typer
 
 from htsat import __version__
 from htsat.commands.console import Progress, tell
+from htsat.commands.data import data
+from htsat.commands.evaluate import evaluate
+from htsat.commands.train import train
 from htsat.errors import AudioError, ConfigError, HtsatError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -319,31 +322,9 @@ def info(
             print(f"{section:<12} {values}")
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (everyday) or a TOML file.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds the recipe's data folders.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Run folder: log, state to resume from, finished model.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-) -> None:
-    """Train a model by a recipe; stopped runs go on with --resume exactly where they were saved."""
-    from htsat.training.loop import Step
-    from htsat.training.loop import train as run_training
-    from htsat.training.recipe import load_recipe
-
-    settings = load_recipe(recipe, set_)
-    with Progress() as progress:
-
-        def on_step(step: Step) -> None:
-            line = f"loss {step.loss:.4f}  lr {step.learning_rate:.2e}  {step.scenes_per_second:.1f} scenes/s"
-            progress.update(f"step {step.step}/{step.steps}  {line}", step.step / step.steps, every=50)
-
-        path = run_training(settings, data, out, resume=resume, on_step=on_step, on_progress=progress.update)
-    print((out / "report.json").read_text(encoding="utf-8"), end="")
-    print(path)
+app.command()(train)
+app.command()(evaluate)
+app.command()(data)
 
 
 def _predictor(

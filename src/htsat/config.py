@@ -155,6 +155,8 @@ class ModelConfig:
     """Side of an attention window in tokens."""
     patch_size: int = 4
     """Side of a patch in log-mel cells."""
+    stem: Literal["patch", "conv"] = "patch"
+    """How patches become tokens: a linear projection (``patch``, published) or a few convolutions (``conv``)."""
     image_size: int = 256
     """Side of the square that the log-mel spectrogram is folded to."""
     frequency_embedding: bool = False
@@ -185,6 +187,10 @@ class ModelConfig:
                 raise ConfigError(f"num_heads[{stage}] = {heads} does not divide the width {self.embed_dim << stage}")
         _check("window_size", self.window_size, 2, 32)
         _check("patch_size", self.patch_size, 1, 32)
+        if self.stem == "conv" and (self.patch_size.bit_count() != 1 or self.patch_size == 1):
+            raise ConfigError(f"the stem 'conv' needs a patch_size of 2, 4, 8, 16 or 32, got {self.patch_size}")
+        if self.stem == "conv" and self.embed_dim * 2 < self.patch_size:
+            raise ConfigError(f"embed_dim {self.embed_dim} is too narrow for the stem 'conv' of {self.patch_size}")
         _check("image_size", self.image_size, 16, 2048)
         _check("mlp_ratio", self.mlp_ratio, 0.5, 16)
         _check("drop_path", self.drop_path, 0, 0.9)
@@ -263,8 +269,9 @@ class DecodingConfig(ClassDecoding):
 class InferenceConfig:
     """How a recording of any length is given to the model."""
 
-    short: Literal["pad", "tile"] = "pad"
-    """Recordings shorter than a chunk: followed by silence, or repeated until the chunk is full."""
+    short: Literal["pad", "tile", "native"] = "pad"
+    """Recordings shorter than a chunk: followed by silence (``pad``) or repeated (``tile``) until the chunk is full,
+    or heard at the shortest input that holds them (``native``: half a chunk, a quarter ...)."""
     hop_seconds: float = 5.0
     """Seconds between the starts of overlapping chunks of longer recordings."""
     clip_pooling: Literal["max", "mean", "top"] = "max"
@@ -337,6 +344,48 @@ class CheckpointConfig:
     def num_tokens(self) -> int:
         """Time steps of the framewise output of one chunk."""
         return self.num_frames // (self.model.patch_size << (len(self.model.depths) - 1))
+
+    @property
+    def native_sizes(self) -> tuple[int, ...]:
+        """Parts of a chunk that the stages also take, as divisors from 1 on: 2 is half a chunk, 4 a quarter.
+
+        A shorter clip is a smaller picture: fewer stretches of time above each other, then a narrower one.
+        """
+        sizes = []
+        divisor = 1
+        while self._takes(divisor):
+            sizes.append(divisor)
+            divisor *= 2
+        return tuple(sizes)
+
+    def _takes(self, divisor: int) -> bool:
+        """Return whether every stage can be cut into windows, and merged, at this part of a chunk."""
+        model = self.model
+        frames = self.num_frames // divisor
+        if self.num_frames % divisor or (frames > model.image_size and frames % model.image_size):
+            return False
+        rows = max(1, frames // model.image_size) * self.frontend.n_mels
+        columns = min(frames, model.image_size)
+        for stage in range(len(model.depths)):
+            step = model.patch_size << stage
+            window = min(model.window_size, model.image_size // step)
+            for cells in (rows, columns):
+                side = cells // step
+                if cells % step or side % min(window, side):
+                    return False
+        return columns // step >= 2
+
+    def native_size(self, num_samples: int) -> int:
+        """Return the divisor of the shortest native input that holds ``num_samples``."""
+        return max(size for size in self.native_sizes if size == 1 or self.chunk_samples // size >= num_samples)
+
+    def native_samples(self, num_samples: int) -> int:
+        """Return the length of the shortest native input that holds ``num_samples``."""
+        return self.chunk_samples // self.native_size(num_samples)
+
+    def native_frames(self, num_samples: int) -> int:
+        """Return how many frames the stages take for the shortest native input that holds ``num_samples``."""
+        return self.num_frames // self.native_size(num_samples)
 
     @property
     def token_seconds(self) -> float:

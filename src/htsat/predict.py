@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Backend(Protocol):
     """Runs the network on chunks."""
 
     def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
-        """Map (batch, chunk_samples) to clip logits, frame logits and embeddings.
+        """Map (batch, chunk_samples), or a native size of it, to clip logits, frame logits and embeddings.
 
         Shapes: (batch, num_classes), (batch, num_tokens, num_classes) and (batch, width).
         """
@@ -224,17 +224,19 @@ class Predictor:
 
             stitcher = Stitcher(len(self.labels), tokens_per_chunk)
             clipwise, embeddings, lengths = [], [], []
-            chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, config.inference.short)
+            short: Literal["pad", "tile"] = "tile" if config.inference.short == "tile" else "pad"
+            chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, short)
             # The next batch is made while the network works on this one. Closed before the reader is, whatever
             # happens: a decoder must not be freed under the thread that decodes.
             made_ahead = cast(Generator[Chunk, None, None], prefetch(chunks, depth=self._batch_size + 1))
             with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
-                    clip_logits, frame_logits, embedding = self._run(np.stack([chunk.samples for chunk in batch]))
+                    clip_logits, frame_logits, embedding = self._run(self._samples(batch))
                     clipwise.append(self._clip_posteriors(clip_logits))
                     embeddings.append(embedding)
                     for chunk, logits in zip(batch, frame_logits, strict=True):
-                        stitcher.add(chunk.start_token, sigmoid(logits))
+                        rest = np.zeros((tokens_per_chunk - len(logits), len(self.labels)), np.float32)
+                        stitcher.add(chunk.start_token, np.concatenate([sigmoid(logits), rest]))
                         lengths.append(chunk.length)
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
@@ -268,6 +270,13 @@ class Predictor:
             embedding=(weights / weights.sum() @ np.concatenate(embeddings)).astype(np.float32),
             overview=drawn,
         )
+
+    def _samples(self, batch: list[Chunk]) -> Array:
+        """Return the samples of chunks; of a recording heard at native size only as many as that takes."""
+        samples = np.stack([chunk.samples for chunk in batch])
+        if self.config.inference.short != "native" or len(batch) > 1 or batch[0].start_token:
+            return samples
+        return samples[:, : self.config.native_samples(batch[0].length)]
 
     def _run(self, chunks: Array) -> tuple[Array, Array, Array]:
         """Run the network; see ``Backend``."""

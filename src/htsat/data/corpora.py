@@ -1,295 +1,228 @@
-"""Labelled recordings as they lie on disk, read in their official layouts.
+"""The door to labelled recordings: which corpus a folder is, and its clips, classes and splits, checked.
 
-Every reader returns ``Clip`` values and checks the whole corpus first: all problems of its tables
-and its recordings are reported together in one ``DataError``.
+``open_corpus`` reads every layout and reports all problems of the tables and the files together in one
+``DataError``; what a person may accept stands in ``Corpus.warnings``. No audio is decoded: whether
+a recording can be read is known when it is read.
 """
 
-import csv
-import math
-import re
-from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from htsat.audio.decode import AUDIO_SUFFIXES
-from htsat.errors import DataError, nearest
-from htsat.events import Event
+from htsat.data.clips import (
+    MAX_LISTED,
+    ROUNDING,
+    SPLITS,
+    Clip,
+    Corpus,
+    Leak,
+    columns_of,
+    find_leaks,
+    listed,
+    part_of,
+    part_order,
+    read_table,
+    split_named,
+)
+from htsat.data.own import (
+    event_tables,
+    folders_in,
+    has_recordings,
+    label_tables,
+    open_csv,
+    open_folder,
+    open_strong,
+    read_strong,
+    read_unlabelled,
+)
+from htsat.data.published import (
+    BACKGROUND_NOISE,
+    DESED_PARTS,
+    desed_root,
+    esc_table,
+    open_audioset,
+    open_desed,
+    open_esc,
+    open_keywords,
+    open_speech_commands,
+    read_esc,
+    read_keywords,
+    segment_tables,
+    waveform_files,
+)
+from htsat.errors import DataError, UsageError, nearest
 
-#: problems that one message lists; the rest is counted
-MAX_LISTED = 20
-#: seconds that an event may end after its recording, for tables that round
-ROUNDING = 0.01
+__all__ = [
+    "BACKGROUND_NOISE",
+    "DESED_PARTS",
+    "KINDS",
+    "MAX_LISTED",
+    "ROUNDING",
+    "SPLITS",
+    "Clip",
+    "Corpus",
+    "Leak",
+    "balance",
+    "empty_classes",
+    "leaks",
+    "listed",
+    "open_corpus",
+    "part_of",
+    "read_esc",
+    "read_keywords",
+    "read_strong",
+    "read_table",
+    "read_unlabelled",
+    "recognise",
+]
+
+#: what ``open_corpus`` can read, and what each must have; in the order in which a folder is recognised
+_LAYOUTS = {
+    "esc50": "audio/ and meta/esc50.csv",
+    "esc10": "audio/ and meta/esc10.csv, or meta/esc50.csv with a column esc10",
+    "keywords": "audio/ and metadata.csv with columns filename, keyword, speaker and split",
+    "speech_commands": "a folder per word, validation_list.txt and testing_list.txt",
+    "desed": "audio/ and metadata/ with train/weak.tsv, validation/validation.tsv, eval/public.tsv or others of DESED",
+    "audioset": "clips and some of {balanced_train,unbalanced_train,eval}_segments.csv, or HDF5 files of waveforms",
+    "strong": "audio/ and strong.tsv with columns filename, onset, offset and event_label",
+    "csv": "a .csv or .tsv with columns filename and label, or labels",
+    "folder": "a folder of recordings for each class",
+}
+KINDS = tuple(sorted(_LAYOUTS))
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A labelled recording.
+def _fits(kind: str, folder: Path) -> bool:
+    """Return whether a folder has what makes a corpus of this kind, by its names alone."""
+    tests: dict[str, Callable[[], bool]] = {
+        "esc50": lambda: esc_table(folder, ten=False) is not None,
+        "esc10": lambda: esc_table(folder, ten=True) is not None,
+        "keywords": lambda: {"filename", "keyword"} <= {*columns_of(folder / "metadata.csv")},
+        "speech_commands": lambda: any((folder / f"{n}_list.txt").is_file() for n in ("validation", "testing")),
+        "desed": lambda: desed_root(folder) is not None,
+        "audioset": lambda: bool(segment_tables(folder) or waveform_files(folder)),
+        "strong": lambda: bool(
+            event_tables(folder) or any(event_tables(path) for path in folders_in(folder) if split_named(path.name))
+        ),
+        "csv": lambda: bool(label_tables(folder)),
+        "folder": lambda: any(map(has_recordings, _class_folders(folder))),
+    }
+    return tests[kind]()
 
-    Attributes:
-        path: the audio file.
-        labels: what sounds in it.
-        events: when; None if only the labels are known.
-        folds: cross-validation folds of every recording that went into it; empty if it has none.
-        split: the official split that it belongs to (``train``, ``validation``, ``test``); None if there is none.
-        group: what no two splits may share: the recording it was cut from, or the speaker; None if unknown.
-        index: which clip of a packed file (HDF5, shard) it is; None if the file is the clip.
+
+def recognise(folder: Path) -> str | None:
+    """Return which kind of corpus a folder seems to be, as ``open_corpus`` calls it, or None.
+
+    Only names of files and of columns are looked at.
     """
-
-    path: Path
-    labels: tuple[str, ...]
-    events: tuple[Event, ...] | None = None
-    folds: frozenset[int] = frozenset()
-    split: str | None = None
-    group: str | None = None
-    index: int | None = None
+    return next((kind for kind in _LAYOUTS if _fits(kind, folder)), None) if folder.is_dir() else None
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Labelled recordings to train or score on.
+def open_corpus(
+    kind: str,
+    folder: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    allow_empty: bool = False,
+    parts: Sequence[str] | None = None,
+    layout: Literal["clips", "hdf5"] | None = None,
+) -> Corpus:
+    """Read a corpus and check it.
 
-    Attributes:
-        name: which corpus it is, as ``open_corpus`` calls it.
-        folder: where it lies.
-        labels: the classes, in the order of a model's outputs; the same on every machine.
-        objective: ``single_label`` if every clip has exactly one label, else ``multi_label``.
-        clips: in a fixed order.
-    """
-
-    name: str
-    folder: Path
-    labels: tuple[str, ...]
-    objective: Literal["single_label", "multi_label"]
-    clips: tuple[Clip, ...]
-
-
-def read_esc(folder: Path) -> list[Clip]:
-    """Read ESC-50 or ESC-10: ``audio/`` and ``meta/esc50.csv`` or ``meta/esc10.csv``.
-
-    ``meta/segments.tsv`` (filename, onset, offset), if there, gives the active parts of each clip.
+    Args:
+        kind: which layout: ``audioset``, ``csv``, ``desed``, ``esc10``, ``esc50``, ``folder``, ``keywords``,
+            ``speech_commands`` or ``strong``.
+        folder: its root; for ``csv`` and ``strong``, also the table itself.
+        labels: the classes it must have, in the order of a model's outputs; None for its own order: of ``target`` for
+            ESC, of the label set for AudioSet, DESED and Speech Commands, else sorted. Clips with another label are
+            problems.
+        allow_empty: classes without clips are warnings, as when a part of a corpus is scored; otherwise problems.
+            In AudioSet they are always warnings.
+        parts: of ``desed`` alone: those of ``DESED_PARTS`` to read, all of which must be there.
+        layout: of ``audioset`` alone: clips or HDF5, where both are there.
 
     Raises:
-        DataError: with every problem of the corpus.
+        UsageError: unknown kind or part, or an option of another kind.
+        DataError: another corpus lies there, or with every problem of this one.
     """
-    names = ("meta/esc50.csv", "meta/esc10.csv")
-    table = next((name for name in names if (folder / name).is_file()), None)
-    if table is None:
-        raise DataError(f"{folder}: not an ESC data set: neither {names[0]} nor {names[1]} is there")
-    corpus = _Corpus(folder)
-    found: dict[str, tuple[str, int]] = {}
-    for where, row in corpus.rows(table, ("filename", "fold", "category")):
-        name = row["filename"]
-        fold = corpus.integer(where, "fold", row["fold"])
-        if name in found:
-            corpus.problems.append(f"{where}: {name} occurs twice")
-        elif not row["category"]:
-            corpus.problems.append(f"{where}: {name} has no category")
-        else:
-            found[name] = (row["category"], fold)
-    parts: dict[str, list[Event]] = defaultdict(list)
-    if (folder / "meta" / "segments.tsv").is_file():
-        before = len(corpus.problems)
-        for where, row in corpus.rows("meta/segments.tsv", ("filename", "onset", "offset")):
-            name = row["filename"]
-            if name not in found:
-                corpus.unknown(where, name, table, found)
-            elif event := corpus.event(where, found[name][0], row["onset"], row["offset"]):
-                parts[name].append(event)
-        idle = [name for name in found if name not in parts]
-        if idle and len(corpus.problems) == before:
-            corpus.problems.append(f"meta/segments.tsv: no active part of {_some(idle)}")
-    clips = [
-        Clip(folder / "audio" / name, (label,), tuple(parts[name]) if parts else None, frozenset((fold,)))
-        for name, (label, fold) in found.items()
-    ]
-    return corpus.checked(clips)
+    if kind not in KINDS:
+        raise UsageError(f"unknown corpus {kind!r}{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+    if parts is not None and kind != "desed":
+        raise UsageError(f"parts {', '.join(parts)}: only desed has parts, not {kind}")
+    for part in parts or ():
+        if part not in DESED_PARTS:
+            known = ", ".join(DESED_PARTS)
+            raise UsageError(f"unknown part of DESED {part!r}{nearest(part, DESED_PARTS)}; known: {known}")
+    if layout is not None and kind != "audioset":
+        raise UsageError(f"layout {layout}: only audioset has layouts, not {kind}")
+    if labels is not None and (len(set(labels)) < len(labels) or not labels):
+        twice = ", ".join(sorted(label for label, count in Counter(labels).items() if count > 1))
+        raise UsageError(f"expected each label once, got {twice + ' twice' if twice else 'none'}")
+    if not (kind in ("csv", "strong") and folder.is_file()):
+        _check_kind(kind, folder)
+    match kind:
+        case "esc50" | "esc10":
+            return open_esc(folder, labels, allow_empty, ten=kind == "esc10")
+        case "speech_commands":
+            return open_speech_commands(folder, labels, allow_empty)
+        case "keywords":
+            return open_keywords(folder, labels, allow_empty)
+        case "desed":
+            return open_desed(folder, labels, allow_empty, parts)
+        case "audioset":
+            return open_audioset(folder, labels, layout)
+        case "folder":
+            return open_folder(folder, labels, allow_empty)
+        case "csv":
+            return open_csv(folder, labels, allow_empty)
+        case _:
+            return open_strong(folder, labels, allow_empty)
 
 
-def read_strong(folder: Path) -> list[Clip]:
-    """Read recordings with timed events: ``audio/``, ``strong.tsv`` (DCASE columns) and ``durations.tsv``.
+def _check_kind(kind: str, folder: Path) -> None:
+    """Refuse a folder that is no corpus of this kind, and say what it is, or where one is."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; expected {kind}: {_LAYOUTS[kind]}")
+    seen = recognise(folder)
+    if _fits(kind, folder):
+        return
+    # Not for those that are known only by looking through every folder below.
+    around = [] if kind in ("folder", "audioset") else [*folders_in(folder), folder.parent]
+    near = next((path for path in around if _fits(kind, path)), None)
+    hint = f"; did you mean {near}?" if near is not None else ""
+    if kind == "csv" and (tables := sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".tsv"))):
+        hint = "; found " + " and ".join(f"{path.name} with {', '.join(columns_of(path)) or 'none'}" for path in tables)
+    looks = f"this looks like {seen}, not {kind}" if seen else f"this is not {kind}"
+    raise DataError(f"{folder}: {looks}; expected {_LAYOUTS[kind]}{hint}")
 
-    A line of ``strong.tsv`` with neither label nor times stands for a recording without events, as in DCASE.
-    ``sources.tsv`` (filename, source_clip), if there, tells the folds of the parts of a mixture from
-    the number before the first hyphen of each source clip, as ESC names its files.
 
-    Raises:
-        DataError: with every problem of the corpus.
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the folders that may be classes. ``audio`` is none: it belongs to a table."""
+    top = folders_in(folder)
+    if top and all(split_named(path.name) for path in top):
+        top = [path for split in top for path in folders_in(split)]
+    return [path for path in top if path.name != "audio"]
+
+
+# ------------------------------------------------------------------ what a check reports
+
+
+def balance(corpus: Corpus) -> dict[str, dict[str, int]]:
+    """Return how many clips each class has in each split or fold: label -> part -> count.
+
+    Every label has every part of the corpus, in order: ``train``, ``validation``, ``test``, ``fold 1``..., ``all``.
     """
-    corpus = _Corpus(folder)
-    events: dict[str, list[Event]] = {}
-    durations: dict[str, float] = {}
-    for where, row in corpus.rows("durations.tsv", ("filename", "duration")):
-        if row["filename"] in events:
-            corpus.problems.append(f"{where}: {row['filename']} occurs twice")
-        events[row["filename"]] = []
-        durations[row["filename"]] = corpus.seconds(where, "duration", row["duration"])
-    for where, row in corpus.rows("strong.tsv", ("filename", "onset", "offset", "event_label")):
-        name, label, onset, offset = row["filename"], row["event_label"], row["onset"], row["offset"]
-        if name not in events:
-            corpus.unknown(where, name, "durations.tsv", events)
-        elif not label and (onset or offset):
-            corpus.problems.append(f"{where}: the event of {name} has no label")
-        elif label and (event := corpus.event(where, label, onset, offset)):
-            if event.offset > durations[name] + ROUNDING:
-                corpus.problems.append(
-                    f"{where}: {label} ends at {event.offset:g} s, but {name} lasts {durations[name]:g} s"
-                )
-            events[name].append(event)
-    folds: dict[str, set[int]] = defaultdict(set)
-    if (folder / "sources.tsv").is_file():
-        before = len(corpus.problems)
-        for where, row in corpus.rows("sources.tsv", ("filename", "source_clip")):
-            name, source = row["filename"], row["source_clip"]
-            fold = re.match(r"(\d+)-", source)
-            if name not in events:
-                corpus.unknown(where, name, "durations.tsv", events)
-            elif fold is None or int(fold[1]) < 1:
-                corpus.problems.append(f"{where}: expected a source clip like 1-100032-A-0, got {source!r}")
-            else:
-                folds[name].add(int(fold[1]))
-        # A mixture of unknown origin could smuggle a held-out recording into training.
-        unknown = [name for name, found in events.items() if found and name not in folds]
-        if unknown and len(corpus.problems) == before:
-            corpus.problems.append(f"sources.tsv: no source of {_some(unknown)}")
-    clips = []
-    for name, found in events.items():
-        labels = tuple(sorted({event.event_label for event in found}))
-        clips.append(Clip(folder / "audio" / name, labels, tuple(found), frozenset(folds[name])))
-    return corpus.checked(clips)
+    parts = sorted({part_of(clip) for clip in corpus.clips}, key=part_order)
+    counts = Counter((label, part_of(clip)) for clip in corpus.clips for label in clip.labels)
+    return {label: {part: counts[label, part] for part in parts} for label in corpus.labels}
 
 
-def read_keywords(folder: Path, split: str) -> list[Clip]:
-    """Read spoken keywords: ``audio/`` and ``metadata.csv`` (filename, keyword, split).
-
-    Raises:
-        DataError: with every problem of the split, or if there is no such split.
-    """
-    corpus = _Corpus(folder)
-    rows = corpus.rows("metadata.csv", ("filename", "keyword", "split"))
-    splits = {row["split"] for _, row in rows}
-    if split not in splits and not corpus.problems:
-        known = f"; found {', '.join(sorted(splits))}{nearest(split, splits)}" if splits else ""
-        raise DataError(f"{folder}: metadata.csv has no recording with split {split!r}{known}")
-    clips: dict[str, Clip] = {}
-    for where, row in rows:
-        if row["split"] != split:
-            continue
-        if row["filename"] in clips:
-            corpus.problems.append(f"{where}: {row['filename']} occurs twice")
-        elif not row["keyword"]:
-            corpus.problems.append(f"{where}: {row['filename']} has no keyword")
-        clips[row["filename"]] = Clip(folder / "audio" / row["filename"], (row["keyword"],))
-    return corpus.checked(list(clips.values()))
+def empty_classes(corpus: Corpus, split: str | None = None) -> list[str]:
+    """Return the classes without clips, in order: in all of the corpus, or in one of its splits."""
+    there = {label for clip in corpus.clips if split is None or clip.split == split for label in clip.labels}
+    return [label for label in corpus.labels if label not in there]
 
 
-def read_unlabelled(folder: Path) -> list[Clip]:
-    """Read every recording of a folder, without labels.
-
-    Raises:
-        DataError: the folder is missing, cannot be listed, or holds no recordings.
-    """
-    try:
-        # Names with a leading dot are not recordings but what some systems leave beside them.
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: the folder cannot be listed: {error.strerror or error}") from None
-    return _Corpus(folder).checked([Clip(path, ()) for path in paths])
-
-
-def read_table(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV (``.csv``) or tab-separated table with a header line: (line number, fields) of each row.
-
-    Raises:
-        DataError: the file is missing, or lacks some of ``columns``, or lines have too few fields.
-    """
-    try:
-        # utf-8-sig: spreadsheets write a byte order mark, which must not become part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
-            rows = [(reader.line_num, row) for row in reader]
-            found = reader.fieldnames or []
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a table in UTF-8: {error}") from None
-    if lacking := [c for c in columns if c not in found]:
-        raise DataError(f"{path}: no column {', '.join(lacking)}; found {', '.join(found) or 'none'}")
-    if short := [str(line) for line, row in rows if any(row[c] is None for c in columns)]:
-        raise DataError(f"{path}: fewer fields than the {len(found)} columns in line {_some(short)}")
-    return rows
-
-
-class _Corpus:
-    """Collects the problems of one corpus, so that all are told at once and mended at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.problems: list[str] = []
-
-    def rows(self, name: str, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-        """Return the rows of a table, each with the words that name its place; none if it cannot be read."""
-        try:
-            return [(f"{name} line {line}", row) for line, row in read_table(self.folder / name, columns)]
-        except DataError as error:
-            self.problems.append(str(error).removeprefix(f"{self.folder}/"))
-            return []
-
-    def unknown(self, where: str, name: str, table: str, known: Collection[str]) -> None:
-        """Note a name that ``table`` lacks; not where that table could not be read, which is one problem, not many."""
-        if known:
-            self.problems.append(f"{where}: {name} is not in {table}")
-
-    def integer(self, where: str, what: str, text: str) -> int:
-        """Return a whole number from 1 on; 1 stands in for a malformed one."""
-        if re.fullmatch(r"\d{1,9}", text) and int(text) >= 1:
-            return int(text)
-        self.problems.append(f"{where}: expected a whole number from 1 on as {what}, got {text!r}")
-        return 1
-
-    def seconds(self, where: str, what: str, text: str) -> float:
-        """Return a positive number of seconds; infinity stands in for a malformed one."""
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if 0 < value < math.inf:
-            return value
-        self.problems.append(f"{where}: expected seconds as {what}, got {text!r}")
-        return math.inf
-
-    def event(self, where: str, label: str, onset: str, offset: str) -> Event | None:
-        """Return an event, or None where its times are malformed."""
-        try:
-            times = float(onset), float(offset)
-        except ValueError:
-            self.problems.append(f"{where}: expected onset and offset in seconds, got {onset!r} and {offset!r}")
-            return None
-        try:
-            return Event(label, *times)
-        except ValueError as error:
-            self.problems.append(f"{where}: {error}")
-            return None
-
-    def checked(self, clips: list[Clip]) -> list[Clip]:
-        """Return the clips, if their files exist and nothing was found wrong before."""
-        if absent := [clip.path.name for clip in clips if not clip.path.is_file()]:
-            self.problems.append(f"{len(absent)} of {len(clips)} recordings are missing: {_some(absent)}")
-        if not clips and not self.problems:
-            self.problems.append("no recordings found")
-        if self.problems:
-            raise DataError(f"{self.folder}: {listed(self.problems)}")
-        return clips
-
-
-def listed(problems: Sequence[str]) -> str:
-    """Return problems as one line: all of them, or the first ``MAX_LISTED`` and the number of the others."""
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-    return count + "; ".join(problems[:MAX_LISTED]) + more
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first five names and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def leaks(corpus: Corpus) -> list[Leak]:
+    """Return every group (recording, speaker, video) that two splits or folds share, by name."""
+    return find_leaks(corpus.clips)

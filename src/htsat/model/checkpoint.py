@@ -69,10 +69,22 @@ def tensor_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
     def linear(name: str, rows: int, columns: int) -> None:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
 
-    norm("mel_norm", frontend.n_mels)
-    shapes["mel_norm.running_mean"] = shapes["mel_norm.running_var"] = (frontend.n_mels,)
-    shapes["mel_norm.num_batches_tracked"] = ()
-    linear("patch_embed.proj", model.embed_dim, model.patch_size**2)
+    def batch_norm(name: str, width: int) -> None:
+        norm(name, width)
+        shapes[f"{name}.running_mean"] = shapes[f"{name}.running_var"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    batch_norm("mel_norm", frontend.n_mels)
+    if model.stem == "patch":
+        linear("patch_embed.proj", model.embed_dim, model.patch_size**2)
+    else:
+        levels, inputs = model.patch_size.bit_length() - 1, 1
+        for level in range(levels):
+            outputs = model.embed_dim >> (levels - 1 - level)
+            for i in range(2):
+                shapes[f"patch_embed.blocks.{level}.{3 * i}.weight"] = (outputs, inputs, 3, 3)
+                batch_norm(f"patch_embed.blocks.{level}.{3 * i + 1}", outputs)
+                inputs = outputs
     norm("patch_embed.norm", model.embed_dim)
     if model.frequency_embedding:
         shapes["frequency_embedding"] = (frontend.n_mels // model.patch_size, model.embed_dim)

@@ -20,8 +20,10 @@ from htsat.model.frontend import LogMel
 from htsat.model.swin import Stage
 
 #: how a waveform that does not fill a chunk is fitted to it
-Fit = Literal["pad", "tile", "stretch", "repeat"]
-FITS: tuple[Fit, ...] = ("pad", "tile", "stretch", "repeat")
+Fit = Literal["pad", "tile", "native", "stretch", "repeat"]
+FITS: tuple[Fit, ...] = ("pad", "tile", "native", "stretch", "repeat")
+#: those that never distort time
+IN_TIME: tuple[Fit, ...] = ("pad", "tile", "native")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +65,14 @@ class HTSAT(nn.Module):
         self.num_tokens = geometry.num_tokens
         # Replaced by ``load_model``, with the names and settings that came with the weights.
         self.labels: tuple[str, ...] = geometry.labels
-        self.checkpoint = geometry
+        self.checkpoint = self.geometry = geometry
         self.groups = model.image_size // frontend.n_mels  # stretches of time stacked along the frequency axis
 
         self.frontend = LogMel(frontend)
         self.mel_norm = nn.BatchNorm1d(frontend.n_mels)
         side = model.image_size // model.patch_size
-        self.patch_embed = PatchEmbed(model.patch_size, model.embed_dim)
+        stem = PatchEmbed if model.stem == "patch" else ConvStem
+        self.patch_embed = stem(model.patch_size, model.embed_dim)
         mel_rows = frontend.n_mels // model.patch_size
         self.frequency_embedding = (
             nn.Parameter(torch.zeros(mel_rows, model.embed_dim)) if model.frequency_embedding else None
@@ -137,7 +140,9 @@ class HTSAT(nn.Module):
         """Bring waveforms (batch, num_samples) to the length whose log-mel is stretched to the square.
 
         ``pad`` appends silence and ``tile`` repeats the waveform up to one chunk, so that time is never
-        distorted. ``stretch`` and ``repeat`` leave the waveform as it is: there the log-mel is stretched.
+        distorted; ``native`` appends silence up to the shortest input that holds it (half a chunk, a quarter ...),
+        which costs that part of a chunk's work. ``stretch`` and ``repeat`` leave the waveform as it is: there the
+        log-mel is stretched.
 
         Raises:
             ValueError: not (batch, num_samples), too short, or longer than the square.
@@ -151,7 +156,7 @@ class HTSAT(nn.Module):
         if not len(waveform):
             raise ValueError("waveform holds no clip: its shape is (0, num_samples)")
         num_samples = waveform.shape[1]
-        in_chunk = fit in ("pad", "tile")
+        in_chunk = fit in IN_TIME
         limit = self.chunk_samples if in_chunk else self.num_frames * self.frontend_config.hop_length - 1
         least = 1 if in_chunk else self.frontend_config.n_fft // 2 + 1
         if not least <= num_samples <= limit:
@@ -162,37 +167,45 @@ class HTSAT(nn.Module):
             )
         if not in_chunk or num_samples == self.chunk_samples:
             return waveform
-        if fit == "pad":
-            return F.pad(waveform, (0, self.chunk_samples - num_samples))
+        if fit in ("pad", "native"):
+            length = self.chunk_samples if fit == "pad" else self.geometry.native_samples(num_samples)
+            return F.pad(waveform, (0, length - num_samples))
         repeats = -(-self.chunk_samples // num_samples)
         return waveform.repeat(1, repeats)[:, : self.chunk_samples]
 
-    def stretch(self, log_mel: Tensor) -> Tensor:
-        """Interpolate log-mel frames (batch, T, n_mels) to the (batch, num_frames, n_mels) that fill the square.
+    def stretch(self, log_mel: Tensor, num_frames: int | None = None) -> Tensor:
+        """Interpolate log-mel frames (batch, T, n_mels) to the (batch, num_frames, n_mels) that the stages take.
 
         Bicubic with aligned corners, as published: frame i of T lands at i (num_frames - 1) / (T - 1).
+
+        Args:
+            log_mel: (batch, T, n_mels).
+            num_frames: frames of a native size; None: those that fill the square.
         """
-        if log_mel.shape[1] == self.num_frames:
+        num_frames = num_frames or self.num_frames
+        if log_mel.shape[1] == num_frames:
             return log_mel
-        size = (self.num_frames, log_mel.shape[2])
+        size = (num_frames, log_mel.shape[2])
         return F.interpolate(log_mel.unsqueeze(1), size, mode="bicubic", align_corners=True).squeeze(1)
 
     def normalise(self, log_mel: Tensor) -> Tensor:
         """Batch-normalise each mel bin of (batch, T, n_mels)."""
         return self.mel_norm(log_mel.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def fold(self, tokens: Tensor) -> Tensor:
+    def fold(self, tokens: Tensor, groups: int | None = None) -> Tensor:
         """Stack stretches of time along the frequency axis: the square of paper figure 1.
 
         Args:
             tokens: (batch, time, frequency, width).
+            groups: number of stretches; None: as many as fill the square (4 in the published one).
 
         Returns:
-            (batch, time x frequency, width), the raster order of a square whose row is
+            (batch, time x frequency, width), the raster order of a picture whose row is
             stretch * frequencies + frequency and whose column is the time within the stretch.
         """
+        groups = groups or self.groups
         batch, time, _, width = tokens.shape
-        stretches = tokens.reshape(batch, self.groups, time // self.groups, -1, width)
+        stretches = tokens.reshape(batch, groups, time // groups, -1, width)
         return stretches.transpose(2, 3).reshape(batch, -1, width)
 
     # ---------------------------------------------------------------- network
@@ -200,18 +213,23 @@ class HTSAT(nn.Module):
     def encode(self, features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """Map normalised features (batch, num_frames, n_mels) to tokens (batch, width, frequency, num_tokens).
 
-        The square of the last stage is unfolded again, so that the last axis is time.
+        The picture of the last stage is unfolded again, so that the last axis is time. ``num_frames`` is that of
+        the square or of one of the shorter native sizes (``CheckpointConfig.native_sizes``).
         """
         x: Tensor = self.patch_embed(features)
         if self.frequency_embedding is not None:
             x = x + self.frequency_embedding
-        x = self.fold(x)
+        time, frequencies = x.shape[1:3]
+        groups = max(1, features.shape[1] // self.config.image_size)
+        x = self.fold(x, groups)
+        sides = (groups * frequencies, time // groups)
         for stage in self.stages:
-            x = stage(x, maps)
+            x = stage(x, sides, maps)
+            sides = (sides[0] // 2, sides[1] // 2)
         x = self.norm(x)
-        batch = x.shape[0]
-        x = x.view(batch, self.groups, self.side // self.groups, self.side, self.width)
-        return x.permute(0, 4, 2, 1, 3).reshape(batch, self.width, self.side // self.groups, self.num_tokens)
+        batch, rows = x.shape[0], self.side // self.groups
+        x = x.view(batch, groups, rows, -1, self.width)
+        return x.permute(0, 4, 2, 1, 3).reshape(batch, self.width, rows, -1)
 
     def classify(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return clip and frame logits, (batch, num_classes) and (batch, num_tokens, num_classes), of tokens.
@@ -231,9 +249,10 @@ class HTSAT(nn.Module):
 
         Args:
             waveform: (batch, num_samples) mono at the model's sample rate, nominal [-1, 1], at most one chunk.
-            fit: what to do if it is shorter than a chunk. ``pad`` or ``tile`` (never distort time; the framewise
-                output ends with the waveform), ``stretch`` (the published evaluation path) or ``repeat`` (the
-                published ``infer_mode``); the last two return all tokens of the square, as published.
+            fit: what to do if it is shorter than a chunk. ``pad``, ``tile`` or ``native`` (never distort time; the
+                framewise output ends with the waveform; see ``fit_waveform``), ``stretch`` (the published evaluation
+                path) or ``repeat`` (the published ``infer_mode``); the last two return all tokens of the square, as
+                published.
             attention: also return the attention maps (slower).
 
         Raises:
@@ -248,7 +267,7 @@ class HTSAT(nn.Module):
             output = clips[0] if len(clips) == 1 else _concatenate(clips)
         else:
             output = self._run(waveform, fit, attention)
-        if output.framewise_logits is None or fit not in ("pad", "tile"):
+        if output.framewise_logits is None or fit not in IN_TIME:
             return output
         num_frames = -(-num_samples * self.num_tokens // self.chunk_samples)
         return replace(output, framewise_logits=output.framewise_logits[:, :num_frames])
@@ -256,10 +275,13 @@ class HTSAT(nn.Module):
     def _run(self, waveform: Tensor, fit: Fit, attention: bool) -> ModelOutput:
         """Run the network on waveforms that fit it."""
         log_mel = self.frontend(waveform)
+        num_frames = self.num_frames
+        if fit == "native":
+            num_frames = self.geometry.native_frames(waveform.shape[1])
         if fit == "repeat":
             log_mel = log_mel.repeat(1, self.num_frames // log_mel.shape[1], 1)
         maps: list[Tensor] | None = [] if attention else None
-        tokens = self.encode(self.normalise(self.stretch(log_mel)), maps)
+        tokens = self.encode(self.normalise(self.stretch(log_mel, num_frames)), maps)
         # Pooled over the whole chunk also when the clip is shorter: this is what the head was trained on.
         clipwise, framewise = self.classify(tokens)
         return ModelOutput(clipwise, framewise, tokens.mean((2, 3)), tuple(maps or ()))
@@ -298,6 +320,40 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = features.view(batch, frames // p, p, n_mels // p, p).permute(0, 1, 3, 4, 2)
         return self.norm(self.proj(patches.flatten(3)))  # type: ignore[no-any-return]
+
+
+class ConvStem(nn.Module):
+    """A small convolutional network in place of the patch projection: the local patterns come built in.
+
+    At every resolution from half the spectrogram's to the tokens' a 3 x 3 convolution of stride 2 and one of stride 1,
+    each with batch norm and ReLU; the width doubles every time. It sees the spectrogram as it is, before it is folded.
+    Source: Xiao et al., Early Convolutions Help Transformers See Better (arXiv 2106.14881).
+
+    Maps (batch, frames, n_mels) to (batch, frames / p, n_mels / p, width), where p is a power of 2.
+    """
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        levels = patch_size.bit_length() - 1
+        self.blocks = nn.ModuleList()
+        inputs = 1
+        for level in range(levels):
+            outputs = width >> (levels - 1 - level)
+            layers: list[nn.Module] = []
+            for stride in (2, 1):
+                convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+                layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+                inputs = outputs
+            self.blocks.append(nn.Sequential(*layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return one token per patch."""
+        x = features.unsqueeze(1)
+        for block in self.blocks:
+            # The layout that convolutions of many channels are fast in, on CPUs and GPUs.
+            x = block(x).contiguous(memory_format=torch.channels_last)
+        return self.norm(x.permute(0, 2, 3, 1))  # type: ignore[no-any-return]
 
 
 def pool_tokens(framewise_logits: Tensor, rule: str) -> Tensor:

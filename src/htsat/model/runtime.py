@@ -59,9 +59,9 @@ class TorchBackend:
         self._model = model.to(self.device).eval()
 
     def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
-        """Map chunks (batch, chunk_samples) to clip logits, frame logits and embeddings; see ``predict.Backend``."""
+        """Map chunks to clip logits, frame logits and embeddings; see ``predict.Backend``."""
         with torch.inference_mode():
-            output = self._model(torch.from_numpy(chunks).to(self.device))
+            output = self._model(torch.from_numpy(chunks).to(self.device), "native")
         none: Any = output.embedding.new_zeros((len(chunks), self._model.num_tokens, 0))
         framewise = none if output.framewise_logits is None else output.framewise_logits
         clipwise = none[:, 0] if output.clipwise_logits is None else output.clipwise_logits

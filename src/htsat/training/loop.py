@@ -1,78 +1,157 @@
-"""The training loop, in execution order, and its run folder.
+"""The training loop, in execution order.
 
-A run folder holds ``recipe.json`` (resolved), ``log.jsonl`` (one line per log interval),
-``state.pt`` (to resume from), and at the end ``model.safetensors`` and ``report.json``.
-Scenes, augmentation and dropout of a step depend on the seed and the step alone, so that a
-resumed run goes on exactly as the uninterrupted one; lines of the log behind the resumed state are cut.
+Order, augmentation and stochastic depth of a step depend on the seed and the step alone (``htsat.training.order``), so
+that a resumed run goes on exactly as the uninterrupted one. What the run folder holds: ``htsat.training.runfolder``.
 """
 
+import contextlib
 import json
 import math
-import os
-import pickle
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
-from htsat.data.augment import random_equaliser, spec_augment
+from htsat.data.augment import random_equaliser, spec_masks
 from htsat.errors import CheckpointError, HtsatError, OutputError
 from htsat.files import write_atomic
+from htsat.model.average import average_checkpoints
 from htsat.model.checkpoint import save_checkpoint
-from htsat.model.htsat import HTSAT, pool_tokens
-from htsat.training.material import Material, load_material, training_scene
-from htsat.training.recipe import Recipe, TrainConfig, recipe_json
-from htsat.training.validate import score_held_out
+from htsat.model.htsat import HTSAT
+from htsat.model.runtime import pick_device
+from htsat.training.distributed import Ranks
+from htsat.training.examples import (
+    Example,
+    Examples,
+    RunData,
+    check_quota,
+    data_digest,
+    open_run_data,
+    seconds_of,
+)
+from htsat.training.journal import Journal
+from htsat.training.optim import (
+    clip_loss,
+    distillation_loss,
+    frame_losses,
+    learning_rate,
+    parameter_groups,
+    update_average,
+)
+from htsat.training.order import MASKS, MIXUP, NETWORK, positions_of
+from htsat.training.recipe import Recipe
+from htsat.training.runfolder import RunFolder
+from htsat.training.start import load_teacher, make_model, set_frozen
+from htsat.training.validate import clip_scores, headline, score_held_out
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is told of a training step: losses, gradient norm, learning rate and scenes per second."""
+    """What is told of a training step: losses, gradient norm, learning rate and clips per second."""
 
     step: int
     steps: int
     loss: float
     gradient_norm: float
     learning_rate: float
-    scenes_per_second: float
+    clips_per_second: float
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step counted from 0: linear warm-up, then half a cosine to 0."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+class TerminatedError(Exception):
+    """A signal asked the run to end; its state is saved.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Remember the signal."""
+        super().__init__(f"ended by {signal.Signals(number).name}; the state is saved, pass --resume to go on")
+        self.signal = number
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters: matrices and kernels decay; biases, norms and relative position tables do not."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        small = parameter.ndim < 2 or name.endswith("relative_position_bias_table")
-        (rest if small else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A process's part of a batch: stacked examples."""
+
+    waveforms: Tensor
+    clip_targets: Tensor
+    frame_targets: Tensor
+    has_frames: Tensor
+    teacher: Tensor | None
+    examples: tuple[Example, ...]
 
 
-def losses(model: HTSAT, framewise: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
-    """Return the loss of token logits (batch, num_tokens, num_classes) against targets of the same shape in [0, 1]."""
-    framewise = framewise.float()
-    strong = binary_cross_entropy_with_logits(framewise, targets)
-    clipwise = pool_tokens(framewise, model.config.clip_pooling)
-    weak = binary_cross_entropy_with_logits(clipwise, targets.amax(1))
-    # Which class it is, on the tokens where one sounds alone: a far clearer signal early on than many
-    # independent yes-or-no questions whose answer is nearly always no.
-    alone = ((targets > 0).sum(2) == 1) & (targets.amax(2) == 1)
-    single = cross_entropy(framewise[alone], targets[alone].argmax(1)) if alone.any() else framewise.sum() * 0
-    return config.strong_weight * strong + config.weak_weight * weak + config.single_weight * single
+class _Positions(Dataset[Any]):
+    """Examples by position, for a loader whose worker processes make them."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples = examples
+
+    def __getitem__(self, position: int) -> Example | HtsatError:
+        try:
+            return self._examples.example(position)
+        except HtsatError as error:
+            return error  # raised by the loop: a worker's own exception would arrive as a page of text
+
+
+def collate(items: Sequence[Example | HtsatError]) -> Batch:
+    """Stack examples.
+
+    Raises:
+        HtsatError: the first of the errors among them.
+    """
+    for item in items:
+        if isinstance(item, HtsatError):
+            raise item
+    examples = tuple(item for item in items if isinstance(item, Example))
+    frames = next((e.frame_target for e in examples if e.frame_target is not None), None)
+    blank = np.zeros((0, len(examples[0].clip_target)), np.float32) if frames is None else np.zeros_like(frames)
+    teacher = None
+    if all(e.teacher is not None for e in examples):
+        teacher = torch.from_numpy(np.stack([e.teacher for e in examples if e.teacher is not None]))
+    return Batch(
+        torch.from_numpy(np.stack([e.waveform for e in examples])),
+        torch.from_numpy(np.stack([e.clip_target for e in examples])),
+        torch.from_numpy(np.stack([blank if e.frame_target is None else e.frame_target for e in examples])),
+        torch.tensor([e.frame_target is not None for e in examples]),
+        teacher,
+        examples,
+    )
+
+
+class Network(nn.Module):
+    """The part of the model that learns, from the log-mel spectrogram on, as one call (what is shared and compiled)."""
+
+    def __init__(self, model: HTSAT, num_frames: int) -> None:
+        super().__init__()
+        self.model, self._num_frames = model, num_frames
+
+    def forward(self, log_mel: Tensor, keep: Tensor | None, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return clip and frame logits in float32.
+
+        Args:
+            log_mel: (batch, T, n_mels), dB.
+            keep: (batch, num_frames, n_mels) of 1 and 0, SpecAugment's; None: nothing is masked.
+            shares: (batch,) in [0, 1] of each clip in its mixture with its mirror image in the batch; None: no mixup.
+        """
+        features = self.model.normalise(self.model.stretch(log_mel, self._num_frames))
+        if keep is not None:
+            features = features * keep
+        if shares is not None:
+            weight = shares.view(-1, 1, 1)
+            features = weight * features + (1 - weight) * features.flip(0)
+        clipwise, framewise = self.model.classify(self.model.encode(features))
+        assert clipwise is not None and framewise is not None  # a recipe has classes
+        return clipwise.float(), framewise.float()
 
 
 def train(
@@ -83,6 +162,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[Step], None] = lambda step: None,
     on_progress: Callable[[str, float], None] = lambda line, share: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train a model.
 
@@ -90,243 +170,562 @@ def train(
         recipe: what to do.
         data: folder that the recipe's data folders lie in.
         out: run folder; made if absent.
-        resume: go on from ``out/state.pt``.
+        resume: go on from the last saved state.
         on_step: told of every step.
         on_progress: told of reading and scoring.
+        on_note: told what a person should know.
 
     Returns:
         The finished checkpoint, ``out/model.safetensors``.
 
     Raises:
-        OutputError: the run folder cannot be written, or already holds a run and ``resume`` is False.
-        CheckpointError: there is nothing to resume, it is damaged, or it belongs to another recipe.
+        OutputError: the run folder cannot be written, is in use, or already holds a run and ``resume`` is False.
+        CheckpointError: there is nothing to resume, it is damaged, or it belongs to another recipe or other data.
         DataError, AudioError: the data are incomplete.
-        HtsatError: the gradient is no longer finite; the last saved state stays as it was.
+        HtsatError: too many losses or gradients in a row are not finite; the weights are those before them.
+        TerminatedError: SIGTERM or SIGINT; the state is saved.
     """
-    config = recipe.train
-    state_path, log_path = out / "state.pt", out / "log.jsonl"
-    _open_run_folder(out, recipe, resume)
-    try:
-        material = load_material(recipe, data, on_progress)
-    except BaseException:
-        if not resume:
-            # Nothing was trained: once the data are mended, the same command must work again.
-            (out / "recipe.json").unlink(missing_ok=True)
-        raise
-
+    ranks = Ranks()
+    folder = RunFolder(out)
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     try:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)
-        model = HTSAT(recipe.frontend, recipe.model).train()
-        model.set_prior(0.06)  # about the share of tokens that a class is on
-        average = HTSAT(recipe.frontend, recipe.model).eval()
-        average.load_state_dict(model.state_dict())
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-        start = _restore(state_path, model, average, optimizer, config.steps) if resume else 0
-        _cut_log(log_path, start)
-
-        saved = time.monotonic()
-        for step in range(start, config.steps):
-            began = time.monotonic()
-            waveforms, targets = _batch(recipe, material, step)
-            torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # of stochastic depth
-            rng = np.random.default_rng((config.seed, step, 2))
-            with torch.no_grad():
-                log_mel = random_equaliser(model.frontend(waveforms), rng, config.equaliser_db)
-            features = model.normalise(model.stretch(log_mel))
-            features = spec_augment(
-                features,
-                rng,
-                time_masks=config.time_masks,
-                max_frames=config.max_frames,
-                mel_masks=config.mel_masks,
-                max_mels=config.max_mels,
-            )
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                _, framewise = model.classify(model.encode(features))
-            assert framewise is not None  # a recipe has classes
-            loss = losses(model, framewise, targets, config)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-            if not math.isfinite(norm):
-                raise HtsatError(
-                    f"{out}: step {step + 1}: the gradient is not finite; "
-                    "begin a new run with a lower train.learning_rate"
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _update_average(average, model, config.average_decay, step)
-
-            seconds = time.monotonic() - began
-            rate = learning_rate(step, config)
-            told = Step(step + 1, config.steps, float(loss.detach()), norm, rate, len(targets) / seconds)
-            on_step(told)
-            _append(log_path, told)
-            if time.monotonic() - saved > config.save_seconds or step + 1 == config.steps:
-                _save_state(state_path, model, average, optimizer, step + 1)
-                saved = time.monotonic()
-        report = score_held_out(average, recipe, material, on_progress)
+        with contextlib.ExitStack() as stack:
+            problem: Exception | None = None
+            run_data: RunData | None = None
+            try:
+                # Data first, the folder after: once the data are mended, the same command must work again.
+                folder.check(recipe, resume)
+                run_data = open_run_data(recipe, data, on_progress)
+                if ranks.first:
+                    folder.begin(recipe)
+                    stack.enter_context(_locked(out))
+            except (HtsatError, OSError) as error:
+                problem = error
+            ranks.agree(problem)
+            assert run_data is not None
+            for note in run_data.notes if ranks.first else ():
+                on_note(note)
+            if recipe.train.threads:
+                torch.set_num_threads(recipe.train.threads)
+            run = _Run(run_data, folder, ranks, on_step, on_progress, on_note)
+            return run.go(resume)
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
-
-    write_atomic(out / "report.json", json.dumps(report, indent=1) + "\n")
-    checkpoint = recipe.checkpoint(
-        {"recipe": recipe.description, "steps": config.steps, "seed": config.seed, "report": report}
-    )
-    save_checkpoint(out / "model.safetensors", average, checkpoint, dtype="float16")
-    return out / "model.safetensors"
+        ranks.leave()
 
 
-def _batch(recipe: Recipe, material: Material, step: int) -> tuple[Tensor, Tensor]:
-    size = recipe.train.batch_size
-    scenes = [training_scene(recipe, material, step * size + i) for i in range(size)]
-    return (
-        torch.from_numpy(np.stack([waveform for waveform, _ in scenes])),
-        torch.from_numpy(np.stack([targets for _, targets in scenes])),
-    )
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second process out of the run folder."""
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"{out}: another process is training in this folder; wait for it, or stop it") from None
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-@torch.no_grad()
-def _update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the average towards the model; early steps count more, so that the start is forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
-        mine.lerp_(theirs, 1 - decay)
-    for buffer, new in zip(average.buffers(), model.buffers(), strict=True):
-        if buffer.is_floating_point():
-            buffer.lerp_(new, 1 - decay)
-        else:
-            buffer.copy_(new)
+class _Run:
+    """One run: what is trained, and the loop."""
 
-
-def _open_run_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    recipe_path = out / "recipe.json"
-    if resume:
-        try:
-            kept = recipe_path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            raise CheckpointError(f"{out}: nothing to resume: it holds no recipe.json; leave out --resume") from None
-        if kept != recipe_json(recipe):
-            raise CheckpointError(
-                f"{out}: holds a run of another recipe{_difference(kept, recipe)}; "
-                "resume it with that one, or choose another --out"
+    def __init__(
+        self,
+        data: RunData,
+        folder: RunFolder,
+        ranks: Ranks,
+        on_step: Callable[[Step], None],
+        on_progress: Callable[[str, float], None],
+        on_note: Callable[[str], None],
+    ) -> None:
+        self.data, self.recipe, self.config = data, data.recipe, data.recipe.train
+        self.folder, self.ranks = folder, ranks
+        self.on_step, self.on_progress, self.on_note = on_step, on_progress, on_note
+        config = self.config
+        if config.batch_size % (ranks.world * config.accumulate):
+            raise HtsatError(
+                f"batch_size {config.batch_size} cannot be shared by {ranks.world} processes in {config.accumulate} "
+                "parts each; choose a multiple of both"
             )
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any((out / name).exists() for name in ("recipe.json", "state.pt", "model.safetensors")):
-            raise OutputError(f"{out}: already holds a run; pass --resume to go on with it, or choose another --out")
-    except OSError as error:
-        raise OutputError(f"{out}: the run folder cannot be made: {error.strerror}; choose another --out") from None
-    write_atomic(recipe_path, recipe_json(recipe))
+        self.epoch_steps = data.train.epoch_size / config.batch_size
+        self.steps = config.steps
+        if config.epochs:
+            self.steps = max(1, config.min_steps, math.ceil(config.epochs * self.epoch_steps))
+        self.device = pick_device(config.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", ranks.local)
+        torch.manual_seed(config.seed)
+        self.model = make_model(self.recipe, on_note if ranks.first else lambda line: None).to(self.device).train()
+        self.model.set_gradient_checkpointing(config.recompute)
+        self.average = HTSAT(self.recipe.frontend, self.recipe.model).to(self.device).eval()
+        self.average.load_state_dict(self.model.state_dict())
+        self.teacher = load_teacher(self.recipe, self.device)
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(
+                self.model,
+                config.weight_decay,
+                decay_all=config.decay_all,
+                body_rate=self.recipe.start.body_rate,
+            ),
+            lr=config.learning_rate,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.amp = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
+        length = round(seconds_of(self.recipe) * self.recipe.frontend.sample_rate)
+        native = self.model.geometry.native_frames(length)
+        self.num_frames = native if config.fit == "native" else self.model.num_frames
+        self.digest = data_digest(data)
+        self.unreadable: dict[str, str] = {}
+        self.best: list[tuple[float, int]] = []  # (selection score, step), the best first
+        self.without_better = 0
+        self.skipped = 0
+        self.signal = 0
+        self.started = time.monotonic()
 
+    # -------------------------------------------------------------- the loop
 
-def _difference(kept: str, recipe: Recipe) -> str:
-    """Return in which settings the recipe text of a run folder differs, if it can be told."""
-    try:
-        before, now = _flat(json.loads(kept)), _flat(json.loads(recipe_json(recipe)))
-    except (ValueError, RecursionError):
-        return ""
-    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    return f" (other {', '.join(names[:3])}{' ...' if len(names) > 3 else ''})" if names else ""
+    def go(self, resume: bool) -> Path:
+        """Train from the start or the last state to the end, and score."""
+        start = self._restore() if resume else 0
+        if self.ranks.first:
+            self.folder.cut_logs(start)
+        journal = Journal(self.recipe, self.folder.path, start) if self.ranks.first else None
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with contextlib.ExitStack() as stack:
+            if journal is not None:
+                stack.callback(journal.close)
+            with contextlib.suppress(ValueError):  # signals belong to the main thread
+                for number, handler in previous.items():
+                    signal.signal(number, self._on_signal)
+                    stack.callback(signal.signal, number, handler)
+            finished = self._loop(start, journal)
+        return self._finish(finished)
 
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+    def _loop(self, start: int, journal: Journal | None) -> int:
+        """Take optimiser steps; return how many the run has."""
+        network = self._network(start)
+        saved = time.monotonic()
+        batches = iter(self._loader(start))
+        for step in range(start, self.steps):
+            if self._ended_early():
+                return step
+            if step == self.recipe.start.freeze_steps and self.recipe.start.freeze_steps:
+                network = self._network(step)
+            began = time.monotonic()
+            loss, norm, finite = self._step(network, batches, step)
+            rate = learning_rate(step, self.config, self.steps, self.epoch_steps)
+            if finite:
+                update_average(self.average, self.model, self.config.average_decay, step)
+            seconds = time.monotonic() - began
+            told = Step(step + 1, self.steps, loss, norm, rate, self.config.batch_size / seconds)
+            self.on_step(told)
+            if self.ranks.first:
+                record = {"step": step + 1, "loss": loss, "gradient_norm": norm, "learning_rate": rate}
+                self.folder.append(self.folder.log_path, record)
+                timing = {"step": step + 1, "clips_per_second": round(told.clips_per_second, 3)}
+                self.folder.append(self.folder.timing_path, timing)
+            if journal is not None:
+                journal.step(told)
+            if self.config.select_steps and ((step + 1) % self.config.select_steps == 0 or step + 1 == self.steps):
+                self._select(step + 1, journal)
+            if self._must_save(step + 1, saved):
+                self._save(step + 1)
+                saved = time.monotonic()
+            if self.signal:
+                raise TerminatedError(self.signal)
+        return self.steps
 
+    def _network(self, step: int) -> nn.Module:
+        """Return the network for the steps from ``step`` on: frozen, shared and compiled as the recipe says."""
+        frozen = self.recipe.start.freeze
+        if self.recipe.start.freeze_steps and step >= self.recipe.start.freeze_steps:
+            frozen = ()
+        set_frozen(self.model, frozen)
+        network = self.ranks.wrap(Network(self.model, self.num_frames), self.device)
+        return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
 
-def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> int:
-    """Load a saved state and return how many steps it has behind it."""
-    if not path.exists():
-        return 0  # stopped before the first save: the run begins again
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = int(state["step"])
-        if not 0 <= step <= steps:
-            raise ValueError(f"step {step} of {steps}")
-        return step
-    # Whatever a damaged file makes of the reader; the remedy is the same.
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be resumed: the file is damaged ({reason}); "
-            "delete it and pass --resume to begin this run again"
-        ) from None
+    def _loader(self, start: int) -> DataLoader[Any]:
+        config, ranks = self.config, self.ranks
+        plan = (
+            list(part)
+            for step in range(start, self.steps)
+            for part in _parts(positions_of(step, config.batch_size, ranks.rank, ranks.world), config.accumulate)
+        )
+        return DataLoader(
+            _Positions(self.data.train),
+            batch_sampler=_Once(plan),
+            num_workers=config.workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
 
+    def _step(self, network: nn.Module, batches: Iterator[Batch], step: int) -> tuple[float, float, bool]:
+        """Compute gradients and move the weights; return loss, gradient norm and whether both are finite."""
+        config = self.config
+        # Running statistics are moved by the forward pass, before it is known whether the step counts.
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * self.ranks.rank + NETWORK)
+        total = 0.0
+        culprits: list[str] = []
+        found: dict[str, str] = {}
+        for part in range(config.accumulate):
+            batch = self._next(batches)
+            found |= dict(item for example in batch.examples for item in example.unreadable)
+            last = part == config.accumulate - 1
+            shared = contextlib.nullcontext() if last or self.ranks.world == 1 else network.no_sync()  # type: ignore[operator]
+            with shared:
+                losses = self._losses(network, batch)
+                loss = losses.mean() / config.accumulate
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                culprits += self._culprits(network, batch)
+            total += value
+        self._note_unreadable(found)
+        total = self.ranks.sums([total])[0] / self.ranks.world
+        self.scaler.unscale_(self.optimiser)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm))
+        finite = math.isfinite(norm) and math.isfinite(total)
+        if finite:
+            rate = learning_rate(step, config, self.steps, self.epoch_steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate * group["rate"]
+            self.scaler.step(self.optimiser)
+            self.skipped = 0
+        else:
+            with torch.no_grad():
+                for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(kept)
+            self._skip(step + 1, total, norm, culprits)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        return total, norm, finite
 
-def _save_state(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-    }
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: the training state cannot be saved: {error}; free space and use --resume") from None
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch on the device.
 
-
-def _cut_log(path: Path, steps: int) -> None:
-    """Keep one line of the log per step up to ``steps``: what came after the saved state is made again."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
-    kept: dict[int, str] = {}
-    for line in lines:
+        Raises:
+            HtsatError: the data ran into a problem, in any process.
+        """
+        problem: Exception | None = None
+        batch: Batch | None = None
         try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, TypeError, LookupError):
-            continue  # the line that the end of the process cut off
-        if line.endswith("\n") and step <= steps:
-            kept[step] = line  # the last one counts: its step led to the saved state
-    if len(kept) < len(lines):
-        write_atomic(path, "".join(kept[step] for step in sorted(kept)))
+            batch = next(batches)
+        except HtsatError as error:
+            problem = error
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            problem = HtsatError(
+                f"a process that prepares clips ended ({str(error).splitlines()[0]}); it may have run out of memory: "
+                "use fewer train.workers"
+            )
+        if self.ranks.sums([problem is not None])[0]:
+            self.ranks.agree(problem)
+        assert batch is not None
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return Batch(
+            moved(batch.waveforms),
+            moved(batch.clip_targets),
+            moved(batch.frame_targets),
+            moved(batch.has_frames),
+            None if batch.teacher is None else moved(batch.teacher),
+            batch.examples,
+        )
+
+    def _losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of each clip, (batch,)."""
+        config, augment, distill = self.config, self.recipe.augment, self.recipe.distill
+        positions = [example.position for example in batch.examples]
+        with torch.no_grad():
+            waveforms = batch.waveforms
+            if config.fit != "stretch":
+                waveforms = self.model.fit_waveform(waveforms, config.fit)
+            log_mel = self.model.frontend(waveforms)
+            rngs = [np.random.default_rng((config.seed, MASKS, position)) for position in positions]
+            if augment.equaliser_db:
+                log_mel = random_equaliser(log_mel, rngs, augment.equaliser_db)
+            keep = None
+            if augment.time_masks or augment.mel_masks:
+                keep = spec_masks(
+                    rngs,
+                    self.num_frames,
+                    self.recipe.frontend.n_mels,
+                    time_masks=augment.time_masks,
+                    max_frames=augment.max_frames,
+                    mel_masks=augment.mel_masks,
+                    max_mels=augment.max_mels,
+                ).to(self.device)
+            teacher = batch.teacher
+            if self.teacher is not None:
+                teacher = self.teacher(batch.waveforms)
+        shares, targets, frames, has_frames = None, batch.clip_targets, batch.frame_targets, batch.has_frames
+        if augment.mixup in ("inputs", "labels"):
+            drawn = [np.random.default_rng((config.seed, MIXUP, p)) for p in positions]
+            values = [rng.beta(augment.mixup_alpha, augment.mixup_alpha) for rng in drawn]
+            shares = torch.tensor(values, dtype=torch.float32, device=self.device)
+        if shares is not None and augment.mixup == "labels":
+            weight = shares.unsqueeze(1)
+            targets = weight * targets + (1 - weight) * targets.flip(0)
+            frames = weight.unsqueeze(1) * frames + (1 - weight.unsqueeze(1)) * frames.flip(0)
+            has_frames = has_frames & has_frames.flip(0)
+            teacher = None if teacher is None else weight * teacher + (1 - weight) * teacher.flip(0)
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
+            clipwise, framewise = network(log_mel, keep, shares)
+        losses = clip_loss(clipwise, targets, config)
+        if teacher is not None:
+            taught = distillation_loss(clipwise, teacher, config, distill)
+            losses = (1 - distill.weight) * losses + distill.weight * taught
+        losses = config.weak_weight * losses
+        if config.strong_weight and bool(has_frames.any()):
+            timed = frame_losses(framewise[has_frames], frames[has_frames], config)
+            losses = losses + timed * has_frames / has_frames.float().mean()
+        return losses
+
+    # -------------------------------------------------------------- what goes wrong
+
+    def _culprits(self, network: nn.Module, batch: Batch) -> list[str]:
+        """Return the files whose waveform, or logits when heard alone, are not finite."""
+        names = []
+        with torch.no_grad():
+            for i, example in enumerate(batch.examples):
+                waveform = batch.waveforms[i : i + 1]
+                good = bool(torch.isfinite(waveform).all())
+                if good:
+                    fitted = (
+                        waveform if self.config.fit == "stretch" else self.model.fit_waveform(waveform, self.config.fit)
+                    )
+                    clipwise, _ = self._alone()(self.model.frontend(fitted), None, None)
+                    good = bool(torch.isfinite(clipwise).all())
+                if not good:
+                    names.append(example.name)
+        return names or [example.name for example in batch.examples]
+
+    def _alone(self) -> nn.Module:
+        """Return the network without the other processes, which may not be calling it now."""
+        return Network(self.average, self.num_frames)
+
+    def _skip(self, step: int, loss: float, norm: float, culprits: list[str]) -> None:
+        """Note a step that did not reach the weights.
+
+        Raises:
+            HtsatError: too many in a row.
+        """
+        scaled = self.scaler.is_enabled() and math.isfinite(loss)
+        names = sorted({name for part in self.ranks.gather(culprits) for name in part})
+        if scaled:
+            return  # half precision overflowed: the scaler lowers its factor, and the next steps go on
+        self.skipped += 1
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        if self.ranks.first:
+            record = {"step": step, "what": what, "clips": names}
+            self.folder.append(self.folder.path / "skipped.jsonl", record)
+            where = f"; clips: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else ""
+            self.on_note(f"step {step}: the {what} is not finite, the weights are left as they were{where}")
+        if self.skipped > self.config.max_skipped:
+            raise HtsatError(
+                f"{self.folder.path}: step {step}: the {what} is not finite, as in the {self.skipped - 1} steps before"
+                f"{'; clips: ' + ', '.join(names[:5]) if names else ''}; the weights are those before them. Mend the "
+                "clips in skipped.jsonl, or begin a new run with a lower train.learning_rate"
+            )
+
+    def _note_unreadable(self, found: dict[str, str]) -> None:
+        """List clips that could not be read, of all processes.
+
+        Raises:
+            UsageError: more than the recipe allows.
+        """
+        if not self.ranks.sums([len(found)])[0]:
+            return
+        before = len(self.unreadable)
+        for part in self.ranks.gather(found):
+            self.unreadable |= part
+        if len(self.unreadable) > before:
+            if self.ranks.first:
+                self.folder.write_unreadable(self.unreadable)
+                self.on_note(f"{len(self.unreadable)} clips cannot be read so far; see unreadable.tsv")
+            check_quota(self.recipe, len(self.unreadable), self.data.train.epoch_size)
+
+    # -------------------------------------------------------------- selection
+
+    def _select(self, step: int, journal: Journal | None) -> None:
+        """Score the average on the selection split, and keep it if it is among the best."""
+        if not len(self.data.select):
+            raise HtsatError(
+                "train.select_steps needs clips to select on: a corpus with a validation split, or data.select"
+            )
+        name, score = headline(self._clip_scores(self.data.select, f"selection at step {step}"))
+        if self.ranks.first:
+            self.folder.append(self.folder.log_path, {"step": step, "selection": {name: score}})
+        if journal is not None:
+            journal.selection(step, name, score)
+        better = not self.best or score > self.best[0][0]
+        self.without_better = 0 if better else self.without_better + 1
+        ranked = sorted([*self.best, (score, step)], key=lambda item: (-item[0], item[1]))
+        self.best = ranked[: self.config.keep_best]
+        if (score, step) in self.best and self.ranks.first:
+            config = self.recipe.checkpoint({"recipe": self.recipe.description, "step": step, "selection": score})
+            save_checkpoint(self._candidate(step), self.average, config)
+
+    def _candidate(self, step: int) -> Path:
+        return self.folder.path / f"best-{step:08d}.safetensors"
+
+    def _ended_early(self) -> bool:
+        return bool(self.config.patience and self.without_better >= self.config.patience)
+
+    def _clip_scores(self, clips: Sequence[Any], what: str) -> Any:
+        self._share_average()
+        return clip_scores(self.average, self.recipe, self.data, clips, self.ranks, what, self.on_progress)
+
+    def _share_average(self) -> None:
+        """Give all processes the first one's average: running statistics differ between them."""
+        self.ranks.copy_from_first([*self.average.parameters(), *self.average.buffers()])
+
+    # -------------------------------------------------------------- states
+
+    def _must_save(self, step: int, saved: float) -> bool:
+        """Say whether the state is to be saved after this step; all processes say the same."""
+        every = self.config.save_steps
+        due = time.monotonic() - saved > self.config.save_seconds
+        signals = self.ranks.gather((self.signal, due))
+        self.signal = max(number for number, _ in signals)
+        return bool(self.signal) or signals[0][1] or step == self.steps or bool(every and step % every == 0)
+
+    def _save(self, step: int) -> None:
+        """Save the state; a failure ends all processes."""
+        problem: Exception | None = None
+        if self.ranks.first:
+            state = {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": step,
+                "best": [list(item) for item in self.best],
+                "without_better": self.without_better,
+                "skipped": self.skipped,
+                "unreadable": self.unreadable,
+                "data": self.digest,
+            }
+            try:
+                self.folder.save_state(state)
+                self._remove_candidates()
+            except OutputError as error:
+                problem = error
+        self.ranks.agree(problem)
+
+    def _remove_candidates(self) -> None:
+        """Remove candidates that no state that can be resumed needs any more."""
+        kept = {step for _, step in self.best}
+        for path in self.folder.path.glob("best-*.safetensors"):
+            if int(path.stem.removeprefix("best-")) not in kept:
+                path.unlink(missing_ok=True)
+
+    def _restore(self) -> int:
+        """Load the last state and return how many steps it has behind it.
+
+        Raises:
+            CheckpointError: it is damaged, or of other data.
+        """
+        state = self.folder.load_state()
+        if state is None:
+            return 0  # stopped before the first save: the run begins again
+        try:
+            if state["data"] != self.digest:
+                raise CheckpointError(
+                    f"{self.folder.path}: the run was begun with other clips or labels; "
+                    "resume it with those, or choose another --out"
+                )
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.best = [(float(score), int(step)) for score, step in state["best"]]
+            self.without_better, self.skipped = int(state["without_better"]), int(state["skipped"])
+            self.unreadable = dict(state["unreadable"])
+            step = int(state["step"])
+            if not 0 <= step <= self.steps:
+                raise ValueError(f"step {step} of {self.steps}")
+            return step
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(
+                f"{self.folder.state_path}: cannot be resumed: it does not fit the recipe ({reason}); "
+                "it is of another version of htsat: begin a new run"
+            ) from None
+
+    # -------------------------------------------------------------- the end
+
+    def _finish(self, steps: int) -> Path:
+        """Score what the run has brought forth, once, and write it."""
+        result = self.average
+        if self.best:
+            # Of the best averages, or of the only one there is.
+            ranked = sorted(step for _, step in self.best)
+            missing = [step for step in ranked if not self._candidate(step).is_file()]
+            if missing:
+                raise CheckpointError(f"{self._candidate(missing[0])}: is gone; the run cannot be finished without it")
+            result = average_checkpoints([self._candidate(step) for step in ranked])
+            self.average.load_state_dict(result.state_dict())
+        report: dict[str, Any] = {"steps": steps, "train_clips": self.data.train.epoch_size}
+        if self.best:
+            report["selected_steps"] = sorted(step for _, step in self.best)
+            report["selection_score"] = self.best[0][0]
+        if self.data.material is not None:
+            report |= score_held_out(self.average, self.recipe, self.data.material, self.on_progress)
+        if len(self.data.test):
+            scores = self._clip_scores(self.data.test, "scoring")
+            report |= {"test_clips": len(self.data.test)} | scores.to_dict()
+        if self.unreadable:
+            report["unreadable_clips"] = sorted(self.unreadable)
+        path = self.folder.path / "model.safetensors"
+        problem: Exception | None = None
+        if self.ranks.first:
+            headline_only = {k: v for k, v in report.items() if isinstance(v, (int, float, str))}
+            checkpoint = self.recipe.checkpoint(
+                {"recipe": self.recipe.description, "steps": steps, "seed": self.config.seed, "report": headline_only}
+            )
+            try:
+                write_atomic(self.folder.path / "report.json", json.dumps(report, indent=1) + "\n")
+                save_checkpoint(path, self.average, checkpoint, dtype="float16")
+            except HtsatError as error:
+                problem = error
+        self.ranks.agree(problem)
+        return path
 
 
-def _append(path: Path, step: Step) -> None:
-    record = {
-        "step": step.step,
-        "loss": round(step.loss, 6),
-        "gradient_norm": round(step.gradient_norm, 4),
-        "learning_rate": step.learning_rate,
-        "scenes_per_second": round(step.scenes_per_second, 2),
-    }
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}; free space and use --resume"
-        ) from None
+class _Once:
+    """A batch sampler: lists of positions, given once."""
+
+    def __init__(self, plan: Iterator[list[int]]) -> None:
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._plan
+
+
+def _parts(positions: Sequence[int], count: int) -> Iterator[Sequence[int]]:
+    """Deal positions out to ``count`` parts, so that mirror images stay together."""
+    size = len(positions) // count
+    if count == 1:
+        yield positions
+    elif size % 2 == 0:
+        half = size // 2
+        for i in range(count):
+            head = positions[i * half : (i + 1) * half]
+            tail = positions[len(positions) - (i + 1) * half : len(positions) - i * half]
+            yield [*head, *tail]
+    else:
+        yield from (positions[i * size : (i + 1) * size] for i in range(count))

@@ -1,18 +1,61 @@
-"""Scores of a model on the held-out fold of its run. Nothing here chooses anything: the fold is only reported."""
+"""Scores of a run: on its selection split, and once on what was held out. Only the loop chooses by the former."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from htsat.data.corpora import Clip
 from htsat.data.mix import Source
 from htsat.detection.decoder import decode_events
+from htsat.errors import DataError
+from htsat.evaluation.listen import Heard, Listening, join_shards, posteriors, shard
+from htsat.evaluation.scores import TaggingScores, reference_matrix, score_tagging
 from htsat.events import Event
 from htsat.grid import FrameGrid
 from htsat.metrics.detection import event_based, intersection_based
 from htsat.model.htsat import HTSAT, Fit
+from htsat.training.distributed import Ranks
+from htsat.training.examples import CutReader, RunData
 from htsat.training.material import Material, Progress, Soundscape
 from htsat.training.recipe import Recipe
+
+
+def clip_scores(
+    model: HTSAT, recipe: Recipe, data: RunData, clips: Sequence[Clip], ranks: Ranks, what: str, progress: Progress
+) -> TaggingScores:
+    """Score a model on clips as ``tag`` would hear them, each by one of the processes.
+
+    Raises:
+        DataError: not one of the clips can be read.
+    """
+    assert data.reader is not None
+    reader = data.reader
+    model.labels, model.checkpoint = recipe.data.labels, recipe.checkpoint({})
+    own = [clips[i] for i in shard(len(clips), ranks.rank, ranks.world)]
+    fit: Fit | None = "stretch" if recipe.train.fit == "stretch" else None
+    heard: list[Heard] = []
+    for result in posteriors(
+        [model], own, lambda rate: CutReader(reader, recipe.data.clip_seconds), Listening(fit=fit)
+    ):
+        heard.append(result)
+        progress(what, len(heard) / len(own))
+    everything = join_shards(ranks.gather(heard))
+    kept = [i for i, result in enumerate(everything) if result.failure is None]
+    if not kept:
+        raise DataError(f"{what}: none of the {len(clips)} clips can be read, the first one: {everything[0].failure}")
+    reference = reference_matrix([clips[i] for i in kept], recipe.data.labels)
+    objective = recipe.checkpoint({}).objective
+    return score_tagging(
+        recipe.data.labels, objective, reference, np.stack([everything[i].posteriors for i in kept]), bootstrap=0
+    )
+
+
+def headline(scores: TaggingScores) -> tuple[str, float]:
+    """Return name and value of the score that runs are selected by: accuracy, or mAP for clips of several labels."""
+    name = "accuracy" if scores.objective == "single_label" else "mean_average_precision"
+    return name, scores.figures[name]
 
 
 def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: Progress) -> dict[str, Any]:

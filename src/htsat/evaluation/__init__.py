@@ -1,0 +1,1 @@
+"""How good is a model on labelled recordings: posteriors, scores with intervals, and reports."""

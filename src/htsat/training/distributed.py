@@ -1,0 +1,97 @@
+"""Several training processes, as ``torchrun`` starts them. The engine is PyTorch's own.
+
+Without ``torchrun`` everything here is a no-op for one process.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from htsat.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world: how many there are.
+        local: number of this process on its machine.
+    """
+
+    def __init__(self) -> None:
+        """Join the other processes, if ``torchrun`` started this one.
+
+        Raises:
+            UsageError: the environment names processes in a way that cannot be.
+        """
+        try:
+            self.rank = int(os.environ.get("RANK", "0"))
+            self.world = int(os.environ.get("WORLD_SIZE", "1"))
+            self.local = int(os.environ.get("LOCAL_RANK", "0"))
+        except ValueError as error:
+            raise UsageError(f"RANK, WORLD_SIZE and LOCAL_RANK are not whole numbers ({error}); use torchrun") from None
+        self._joined = False
+        if self.world > 1 and not dist.is_initialized():
+            # Minutes, not the default half hour: when one process dies, the others must not wait for it for long.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10)
+            )
+            self._joined = True
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Leave the other processes."""
+        if self._joined:
+            dist.destroy_process_group()
+            self._joined = False
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """Return the network with gradients averaged over the processes."""
+        if self.world == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over the processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raise the problem that any process has, in all of them, so that none waits for one that has ended.
+
+        Raises:
+            Exception: the problem of the process with the lowest rank.
+        """
+        problems = [p for p in self.gather(problem) if p is not None]
+        if problems:
+            raise problems[0]
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)

@@ -126,8 +126,7 @@ def build(network: str, batch: int) -> tuple[nn.Module, Callable[[], Tensor], Ca
     model = HTSAT(frontend, config).train()
 
     def run_ours() -> Tensor:
-        logits = model(waveform).clipwise_logits
-        assert logits is not None
+        logits: Tensor = model(waveform).clipwise_logits
         return logits
 
     return model, run_ours, lambda logits: F.binary_cross_entropy_with_logits(logits.float(), targets)
@@ -265,9 +264,7 @@ def measure(arguments: argparse.Namespace, precision: str) -> list[dict[str, obj
     memory = {"AST": steps["AST"][-1].peak_gb}
     for job in jobs:
         if job.network not in memory:
-            with processes([Job(job.network, arguments.ast_batch, precision, job.threads, job.keep_memory)]) as [
-                worker
-            ]:
+            with processes([replace(job, batch=arguments.ast_batch)]) as [worker]:
                 memory[job.network] = [step(worker[0]) for _ in range(2)][-1].peak_gb
     rows: list[dict[str, object]] = []
     for name in NETWORKS:

@@ -470,8 +470,8 @@ def test_progress_is_for_terminals(command, recordings, monkeypatch):
 
 
 def test_progress_line_cannot_be_escaped():
-    assert htsat.cli._one_line("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
-    assert htsat.cli._cut("街街街", 5) == "街街" and htsat.cli._cut("abc", 3) == "abc"
+    assert one_line("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
+    assert cut("街街街", 5) == "街街" and cut("abc", 3) == "abc"
 
 
 @pytest.mark.parametrize("name", ["Straße 街.wav", os.fsdecode(b"caf\xe9.wav")])

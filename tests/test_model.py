@@ -565,7 +565,7 @@ def test_wrong_waveforms_are_named(model: HTSAT) -> None:
         model(torch.zeros(CHUNK))
     with pytest.raises(ValueError, match=r"floating point in .* got torch\.int16"):
         model(torch.zeros(1, CHUNK, dtype=torch.int16))
-    with pytest.raises(ValueError, match="fit must be one of pad, tile, stretch, repeat, got 'crop'"):
+    with pytest.raises(ValueError, match="fit must be one of pad, tile, native, stretch, repeat, got 'crop'"):
         model(torch.zeros(1, CHUNK), "crop")
 
 
@@ -604,9 +604,9 @@ def test_tokens_come_out_in_the_order_of_time(model: HTSAT) -> None:
     """With stages that pass the square through, token (frequency, time) is the one that went in there."""
     square = torch.arange(8 * 8).view(1, 64, 1).expand(1, 64, 32).float()
     model.norm = torch.nn.Identity()  # type: ignore[assignment]
-    model.fold = lambda tokens: square  # type: ignore[method-assign]
+    model.fold = lambda tokens, groups: square  # type: ignore[method-assign]
     for stage in model.stages:
-        stage.forward = lambda x, maps: x
+        stage.forward = lambda x, sides, maps: x
     with torch.no_grad():
         tokens = model.encode(torch.zeros(1, 256, 16))
     assert tokens.shape == (1, 32, 2, 32)

@@ -3,7 +3,10 @@
 Without ``torchrun`` everything here is a no-op for one process.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from htsat.errors import UsageError
 
 T = TypeVar("T")
+#: what PyTorch's engines say when another process is gone, in lower case
+_LOST = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out",
+         "remote process exited", "socket closed", "socket error")  # fmt: skip
 
 
 class Ranks:
@@ -46,6 +52,8 @@ class Ranks:
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10)
             )
             self._joined = True
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                end_with_parent(signal.SIGTERM)  # a killed torchrun leaves its processes behind; they save and end
 
     @property
     def first(self) -> bool:
@@ -62,7 +70,13 @@ class Ranks:
         """Return the network with gradients averaged over the processes."""
         if self.world == 1:
             return network
-        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        # DDP deals gradients out to other buckets after the first step, unless it looks for unused parameters. Where
+        # a gradient lies decides in which order three or more processes add it up: a resumed run would differ.
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=self.world > 2,
+        )
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums of numbers over the processes."""
@@ -90,8 +104,29 @@ class Ranks:
         if problems:
             raise problems[0]
 
+    def from_first(self, value: T) -> T:
+        """Return the first process's value."""
+        if self.world == 1:
+            return value
+        values: list[Any] = [value if self.first else None]
+        dist.broadcast_object_list(values, 0)
+        found: T = values[0]
+        return found
+
+    def lost(self, error: Exception) -> bool:
+        """Say whether an error means that another process is gone."""
+        text = str(error).lower()
+        return self.world > 1 and (isinstance(error, dist.DistError) or any(words in text for words in _LOST))
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of the first process."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def end_with_parent(number: int) -> None:
+    """Let the system send this process a signal when the one that started it ends, however that happens (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(number), 0, 0, 0)

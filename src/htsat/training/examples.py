@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from htsat.data.corpora import Clip, Corpus, open_corpus, read_esc, read_unlabelled, recognise
-from htsat.data.mix import token_targets
+from htsat.data.mix import at_speed, coloured_noise, token_targets
 from htsat.data.reading import ClipReader
 from htsat.data.shards import ShardClips, open_shards, targets
 from htsat.data.split import split_clips, with_groups
@@ -157,7 +157,12 @@ class ClipExamples:
             frames = None if frames is None or second_frames is None else np.maximum(frames, second_frames)
             name += f" + {clip_name(clip)}"
         if self._backgrounds and rng.random() < augment.background_share:
-            waveform = self._with_background(waveform, rng)
+            recording = self._backgrounds[rng.integers(len(self._backgrounds))]
+            start = int(rng.integers(max(1, len(recording) - len(waveform))))
+            waveform = self._with_noise(waveform, recording[start : start + len(waveform)], rng)
+        if rng.random() < augment.noise_share:
+            noise = coloured_noise(rng, len(waveform), exponent=float(rng.uniform(0, 2)))
+            waveform = self._with_noise(waveform, noise, rng)
         if augment.gain_db:
             waveform = waveform * np.float32(10 ** (rng.uniform(-augment.gain_db, augment.gain_db) / 20))
         return Example(waveform, target, frames, position, name, teacher, tuple(unreadable))
@@ -190,8 +195,7 @@ class ClipExamples:
         events = clip.events
         if augment.speed and len(waveform) >= 16:
             speed = float(np.exp(rng.uniform(-1, 1) * np.log1p(augment.speed)))
-            places = np.arange(0, len(waveform) - 1, speed)
-            waveform = np.interp(places, np.arange(len(waveform)), waveform).astype(np.float32)
+            waveform = at_speed(waveform, speed)
             events = moved(events, 0.0, 1 / speed, math.inf)
         if len(waveform) > length:
             start = int(rng.integers(len(waveform) - length + 1))
@@ -200,6 +204,11 @@ class ClipExamples:
         elif len(waveform) < length:
             waveform = np.pad(waveform, (0, length - len(waveform)))
         events = moved(events, 0.0, 1.0, length / rate)
+        if augment.shift_seconds:
+            shift = round(float(rng.uniform(-augment.shift_seconds, augment.shift_seconds)) * rate)
+            kept = waveform[max(0, -shift) : length - max(0, shift)]
+            waveform = np.pad(kept, (min(length, max(0, shift)), min(length, max(0, -shift))))
+            events = moved(events, shift / rate, 1.0, length / rate)
         if augment.roll:
             turn = int(rng.integers(length))
             waveform = np.roll(waveform, turn)
@@ -218,11 +227,9 @@ class ClipExamples:
             return None
         return token_targets(events, self._recipe.data.labels, self._num_tokens, self._token_seconds)
 
-    def _with_background(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
+    def _with_noise(self, waveform: Waveform, noise: Waveform, rng: np.random.Generator) -> Waveform:
+        """Add noise, followed by silence if it is shorter, at a random level below the waveform's."""
         augment = self._recipe.augment
-        recording = self._backgrounds[rng.integers(len(self._backgrounds))]
-        start = int(rng.integers(max(1, len(recording) - len(waveform))))
-        noise = recording[start : start + len(waveform)]
         noise = np.pad(noise, (0, len(waveform) - len(noise)))
         snr = rng.uniform(augment.min_snr_db, augment.max_snr_db)
         gain = np.sqrt(np.mean(waveform**2) / (np.mean(noise**2) + 1e-12)) * 10 ** (-snr / 20)
@@ -275,7 +282,8 @@ class RunData:
         train_clips: the clips they are made of; empty for scenes.
         select: clips to choose the best weights on; never reported.
         test: clips that are scored once, at the end; never chosen on.
-        reader: of the clips, cut to the run's length.
+        reader: of the clips.
+        folder: where the clips lie.
         material: of scenes; None for clips.
         notes: what a person should know.
     """
@@ -287,7 +295,16 @@ class RunData:
     test: Sequence[Clip]
     reader: ClipReader | None
     material: Material | None
+    folder: Path
     notes: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, list[str]]:
+        """Return the names of the clips of each part, below the data's folder; of packed ones there is no list."""
+        found = {}
+        for part, clips in (("train", self.train_clips), ("selection", self.select), ("test", self.test)):
+            if not isinstance(clips, ShardClips):
+                found[part] = [clip_name(clip).removeprefix(f"{self.folder}/") for clip in clips]
+        return found
 
 
 class CutReader:
@@ -310,9 +327,12 @@ def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
     """
     if recipe.data.corpus == "scenes":
         material = load_material(recipe, root, progress)
-        return RunData(recipe, SceneExamples(recipe, material), (), (), (), None, material)
+        return RunData(recipe, SceneExamples(recipe, material), (), (), (), None, material, root)
     corpus = _open(recipe, root / recipe.data.folder)
     recipe = recipe.with_labels(corpus.labels)
+    if recipe.train.loss == "auto":
+        loss: Literal["bce", "ce"] = "ce" if corpus.objective == "single_label" else "bce"
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, loss=loss))
     if recipe.train.loss == "ce" and corpus.objective != "single_label":
         raise DataError(
             f"{corpus.folder}: has clips with several labels or none, which train.loss 'ce' cannot learn; "
@@ -336,7 +356,7 @@ def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
             except AudioError:
                 continue  # met again, counted and listed in training
     examples = ClipExamples(recipe, train, reader, backgrounds, teacher)
-    return RunData(recipe, examples, train, select, test, reader, None, tuple(notes))
+    return RunData(recipe, examples, train, select, test, reader, None, corpus.folder, tuple(notes))
 
 
 def _open(recipe: Recipe, folder: Path) -> Corpus:

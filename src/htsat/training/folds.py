@@ -85,7 +85,10 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
 
 def figures(report: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a report that means can be taken of."""
-    found = report.get("figures", report)
+    found = dict(report.get("tagging", report).get("figures", report))
+    for name, scores in (report.get("detection") or {}).items():
+        if isinstance(scores, dict) and isinstance(scores.get("macro_f1"), float):
+            found[f"{name}_macro_f1"] = scores["macro_f1"]
     return {k: v for k, v in found.items() if isinstance(v, float)}
 
 

@@ -6,6 +6,7 @@ without it there are no curves, which is said once.
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +33,23 @@ class Journal:
         recipe: of the run.
         out: run folder; TensorBoard's files lie in ``tensorboard`` below it.
         start: steps that are done already; curves behind them are dropped.
+        on_note: told what a person should know.
 
     Raises:
         UsageError: the recipe asks for Weights & Biases and it is not installed.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, start: int) -> None:
+    def __init__(self, recipe: Recipe, out: Path, start: int, on_note: Callable[[str], None]) -> None:
+        self._on_note = on_note
         self._board: Any = None
         self._wandb: Any = None
         if has_tensorboard():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start or None)
+            try:
+                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start or None)
+            except OSError as error:
+                self._give_up(error)
         if recipe.train.wandb:
             try:
                 wandb = importlib.import_module("wandb")
@@ -74,14 +80,25 @@ class Journal:
 
     def _draw(self, values: dict[str, float], step: int) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:
+                self._give_up(error)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on without curves: the exact record lies elsewhere, and tells itself when it cannot be written."""
+        self._board = None
+        self._on_note(f"no more curves for TensorBoard: they cannot be written ({error.strerror or error})")
 
     def close(self) -> None:
         """Finish the files."""
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:
+                self._give_up(error)
         if self._wandb is not None:
             self._wandb.finish()

@@ -5,6 +5,7 @@ that a resumed run goes on exactly as the uninterrupted one. What the run folder
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from htsat.data.augment import random_equaliser, spec_masks
+from htsat.data.corpora import Clip
 from htsat.errors import CheckpointError, HtsatError, OutputError
+from htsat.evaluation.evaluate import Evaluation, ModelIdentity, identify
+from htsat.evaluation.listen import Heard
+from htsat.evaluation.report import html
 from htsat.files import write_atomic
 from htsat.model.average import average_checkpoints
 from htsat.model.checkpoint import save_checkpoint
 from htsat.model.htsat import HTSAT
 from htsat.model.runtime import pick_device
-from htsat.training.distributed import Ranks
+from htsat.training.distributed import Ranks, end_with_parent
 from htsat.training.examples import (
     Example,
     Examples,
@@ -37,6 +42,7 @@ from htsat.training.examples import (
     open_run_data,
     seconds_of,
 )
+from htsat.training.folds import figures
 from htsat.training.journal import Journal
 from htsat.training.optim import (
     clip_loss,
@@ -50,7 +56,10 @@ from htsat.training.order import MASKS, MIXUP, NETWORK, positions_of
 from htsat.training.recipe import Recipe
 from htsat.training.runfolder import RunFolder
 from htsat.training.start import load_teacher, make_model, set_frozen
-from htsat.training.validate import clip_scores, headline, score_held_out
+from htsat.training.validate import evaluate_clips, headline, listen, score_held_out
+
+#: how long a resumed run waits for the folder: what is left of a killed one may take so long to end
+LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,15 +112,22 @@ class _Positions(Dataset[Any]):
             return error  # raised by the loop: a worker's own exception would arrive as a page of text
 
 
-def collate(items: Sequence[Example | HtsatError]) -> Batch:
-    """Stack examples.
+def begin_worker(number: int) -> None:
+    """Begin a process that prepares clips; it lives as long as its training process.
 
-    Raises:
-        HtsatError: the first of the errors among them.
+    Signals to the whole group (Ctrl-C, a batch system's) are the training process's to answer: it still needs the
+    clips of the step that it saves.
     """
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def collate(items: Sequence[Example | HtsatError]) -> Batch | HtsatError:
+    """Stack examples; or return the first of the errors among them."""
     for item in items:
         if isinstance(item, HtsatError):
-            raise item
+            return item
     examples = tuple(item for item in items if isinstance(item, Example))
     frames = next((e.frame_target for e in examples if e.frame_target is not None), None)
     blank = np.zeros((0, len(examples[0].clip_target)), np.float32) if frames is None else np.zeros_like(frames)
@@ -193,12 +209,16 @@ def train(
             problem: Exception | None = None
             run_data: RunData | None = None
             try:
-                # Data first, the folder after: once the data are mended, the same command must work again.
-                folder.check(recipe, resume)
+                # Data first, the folder after: once the data are mended, the same command must work again. The folder
+                # is the first process's alone: others may be late and see what it has written, or be elsewhere.
+                if ranks.first:
+                    folder.check(recipe, resume)
                 run_data = open_run_data(recipe, data, on_progress)
                 if ranks.first:
+                    folder.make()
+                    stack.enter_context(_locked(out, LOCK_SECONDS if resume else 0))
+                    folder.check(recipe, resume)  # again: another run may have begun meanwhile
                     folder.begin(recipe)
-                    stack.enter_context(_locked(out))
             except (HtsatError, OSError) as error:
                 problem = error
             ranks.agree(problem)
@@ -209,18 +229,34 @@ def train(
                 torch.set_num_threads(recipe.train.threads)
             run = _Run(run_data, folder, ranks, on_step, on_progress, on_note)
             return run.go(resume)
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # may come at any time: PyTorch raises it on the signal of its end
+            raise _worker_ended(error) from None
+        if ranks.lost(error):
+            raise HtsatError(
+                f"process {ranks.rank} of {ranks.world} lost the others; the message of the one that ended first says "
+                "why. Start all of them again with --resume"
+            ) from None
+        raise
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
         ranks.leave()
 
 
+def _worker_ended(error: RuntimeError) -> HtsatError:
+    return HtsatError(
+        f"a process that prepares clips ended ({str(error).splitlines()[0]}); it may have run out of memory: "
+        "use fewer train.workers, and --resume"
+    )
+
+
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep a second process out of the run folder."""
+def _locked(out: Path, seconds: float) -> Iterator[None]:
+    """Keep a second process out of the run folder; wait for one that is about to end."""
     lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except Timeout:
         raise OutputError(f"{out}: another process is training in this folder; wait for it, or stop it") from None
     except OSError as error:
@@ -256,6 +292,7 @@ class _Run:
         self.steps = config.steps
         if config.epochs:
             self.steps = max(1, config.min_steps, math.ceil(config.epochs * self.epoch_steps))
+            self.steps = min(self.steps, config.max_steps or self.steps)
         self.device = pick_device(config.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", ranks.local)
@@ -283,6 +320,7 @@ class _Run:
         self.digest = data_digest(data)
         self.unreadable: dict[str, str] = {}
         self.best: list[tuple[float, int]] = []  # (selection score, step), the best first
+        self.best_saved: set[int] = set()  # the same steps in the last state, which the next one leaves as a reserve
         self.without_better = 0
         self.skipped = 0
         self.signal = 0
@@ -292,10 +330,12 @@ class _Run:
 
     def go(self, resume: bool) -> Path:
         """Train from the start or the last state to the end, and score."""
+        if len(set(self.ranks.gather(self.digest))) > 1:
+            raise HtsatError("the processes have different clips or labels; give all machines the same data")
         start = self._restore() if resume else 0
         if self.ranks.first:
             self.folder.cut_logs(start)
-        journal = Journal(self.recipe, self.folder.path, start) if self.ranks.first else None
+        journal = Journal(self.recipe, self.folder.path, start, self.on_note) if self.ranks.first else None
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         with contextlib.ExitStack() as stack:
             if journal is not None:
@@ -337,11 +377,12 @@ class _Run:
                 journal.step(told)
             if self.config.select_steps and ((step + 1) % self.config.select_steps == 0 or step + 1 == self.steps):
                 self._select(step + 1, journal)
-            if self._must_save(step + 1, saved):
+            number, due = self._asked(saved)
+            if number or due or step + 1 == self.steps or self._every(step + 1):
                 self._save(step + 1)
                 saved = time.monotonic()
-            if self.signal:
-                raise TerminatedError(self.signal)
+            if number:
+                raise TerminatedError(number)
         return self.steps
 
     def _network(self, step: int) -> nn.Module:
@@ -364,11 +405,12 @@ class _Run:
             _Positions(self.data.train),
             batch_sampler=_Once(plan),
             num_workers=config.workers,
+            worker_init_fn=begin_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _step(self, network: nn.Module, batches: Iterator[Batch], step: int) -> tuple[float, float, bool]:
+    def _step(self, network: nn.Module, batches: Iterator[Batch | HtsatError], step: int) -> tuple[float, float, bool]:
         """Compute gradients and move the weights; return loss, gradient norm and whether both are finite."""
         config = self.config
         # Running statistics are moved by the forward pass, before it is known whether the step counts.
@@ -376,9 +418,11 @@ class _Run:
         torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * self.ranks.rank + NETWORK)
         total = 0.0
         culprits: list[str] = []
+        names: list[str] = []
         found: dict[str, str] = {}
         for part in range(config.accumulate):
             batch = self._next(batches)
+            names += [example.name for example in batch.examples]
             found |= dict(item for example in batch.examples for item in example.unreadable)
             last = part == config.accumulate - 1
             shared = contextlib.nullcontext() if last or self.ranks.world == 1 else network.no_sync()  # type: ignore[operator]
@@ -405,12 +449,12 @@ class _Run:
             with torch.no_grad():
                 for buffer, kept in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(kept)
-            self._skip(step + 1, total, norm, culprits)
+            self._skip(step + 1, total, names if math.isfinite(total) else culprits)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         return total, norm, finite
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch | HtsatError]) -> Batch:
         """Return the next batch on the device.
 
         Raises:
@@ -419,16 +463,15 @@ class _Run:
         problem: Exception | None = None
         batch: Batch | None = None
         try:
-            batch = next(batches)
-        except HtsatError as error:
-            problem = error
+            found = next(batches)
+            if isinstance(found, HtsatError):
+                problem = found
+            else:
+                batch = found
         except RuntimeError as error:
-            if "worker" not in str(error):
+            if "DataLoader worker" not in str(error):
                 raise
-            problem = HtsatError(
-                f"a process that prepares clips ended ({str(error).splitlines()[0]}); it may have run out of memory: "
-                "use fewer train.workers"
-            )
+            problem = _worker_ended(error)
         if self.ranks.sums([problem is not None])[0]:
             self.ranks.agree(problem)
         assert batch is not None
@@ -497,12 +540,14 @@ class _Run:
     # -------------------------------------------------------------- what goes wrong
 
     def _culprits(self, network: nn.Module, batch: Batch) -> list[str]:
-        """Return the files whose waveform, or logits when heard alone, are not finite."""
+        """Return the files whose waveform, targets, or logits when heard alone, are not finite."""
         names = []
         with torch.no_grad():
             for i, example in enumerate(batch.examples):
                 waveform = batch.waveforms[i : i + 1]
-                good = bool(torch.isfinite(waveform).all())
+                given = [waveform, batch.clip_targets[i], batch.frame_targets[i]]
+                given += [] if batch.teacher is None else [batch.teacher[i]]
+                good = all(bool(torch.isfinite(tensor).all()) for tensor in given)
                 if good:
                     fitted = (
                         waveform if self.config.fit == "stretch" else self.model.fit_waveform(waveform, self.config.fit)
@@ -517,16 +562,20 @@ class _Run:
         """Return the network without the other processes, which may not be calling it now."""
         return Network(self.average, self.num_frames)
 
-    def _skip(self, step: int, loss: float, norm: float, culprits: list[str]) -> None:
+    def _skip(self, step: int, loss: float, culprits: list[str]) -> None:
         """Note a step that did not reach the weights.
+
+        Args:
+            step: that it would have been.
+            loss: of all processes.
+            culprits: names of this process's clips that may be the cause.
 
         Raises:
             HtsatError: too many in a row.
         """
-        scaled = self.scaler.is_enabled() and math.isfinite(loss)
-        names = sorted({name for part in self.ranks.gather(culprits) for name in part})
-        if scaled:
+        if math.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             return  # half precision overflowed: the scaler lowers its factor, and the next steps go on
+        names = sorted({name for part in self.ranks.gather(culprits) for name in part})
         self.skipped += 1
         what = "loss" if not math.isfinite(loss) else "gradient"
         if self.ranks.first:
@@ -566,7 +615,9 @@ class _Run:
             raise HtsatError(
                 "train.select_steps needs clips to select on: a corpus with a validation split, or data.select"
             )
-        name, score = headline(self._clip_scores(self.data.select, f"selection at step {step}"))
+        heard = self._listen(self.data.select, f"selection at step {step}")
+        evaluation = evaluate_clips(self.recipe, self.data, self.data.select, heard, self._identity(), "selection")
+        name, score = headline(evaluation.tagging)
         if self.ranks.first:
             self.folder.append(self.folder.log_path, {"step": step, "selection": {name: score}})
         if journal is not None:
@@ -585,9 +636,16 @@ class _Run:
     def _ended_early(self) -> bool:
         return bool(self.config.patience and self.without_better >= self.config.patience)
 
-    def _clip_scores(self, clips: Sequence[Any], what: str) -> Any:
+    def _listen(self, clips: Sequence[Clip], what: str) -> list[Heard]:
         self._share_average()
-        return clip_scores(self.average, self.recipe, self.data, clips, self.ranks, what, self.on_progress)
+        return listen(self.average, self.recipe, self.data, clips, self.ranks, what, self.on_progress)
+
+    def _identity(self) -> ModelIdentity:
+        path = self.folder.path / "model.safetensors"
+        return ModelIdentity(self.folder.path.name, str(path), "", self.recipe.data.labels, self._objective())
+
+    def _objective(self) -> Literal["single_label", "multi_label"]:
+        return self.recipe.checkpoint({}).objective
 
     def _share_average(self) -> None:
         """Give all processes the first one's average: running statistics differ between them."""
@@ -595,13 +653,17 @@ class _Run:
 
     # -------------------------------------------------------------- states
 
-    def _must_save(self, step: int, saved: float) -> bool:
-        """Say whether the state is to be saved after this step; all processes say the same."""
-        every = self.config.save_steps
+    def _asked(self, saved: float) -> tuple[int, bool]:
+        """Return the signal that any process has got (0: none), and whether the first finds that it is time to save.
+
+        All processes return the same; a signal that comes after this is answered at the next step.
+        """
         due = time.monotonic() - saved > self.config.save_seconds
-        signals = self.ranks.gather((self.signal, due))
-        self.signal = max(number for number, _ in signals)
-        return bool(self.signal) or signals[0][1] or step == self.steps or bool(every and step % every == 0)
+        found = self.ranks.gather((self.signal, due))
+        return max(number for number, _ in found), found[0][1]
+
+    def _every(self, step: int) -> bool:
+        return bool(self.config.save_steps) and step % self.config.save_steps == 0
 
     def _save(self, step: int) -> None:
         """Save the state; a failure ends all processes."""
@@ -628,7 +690,9 @@ class _Run:
 
     def _remove_candidates(self) -> None:
         """Remove candidates that no state that can be resumed needs any more."""
-        kept = {step for _, step in self.best}
+        now = {step for _, step in self.best}
+        kept = now | self.best_saved
+        self.best_saved = now
         for path in self.folder.path.glob("best-*.safetensors"):
             if int(path.stem.removeprefix("best-")) not in kept:
                 path.unlink(missing_ok=True)
@@ -639,7 +703,15 @@ class _Run:
         Raises:
             CheckpointError: it is damaged, or of other data.
         """
-        state = self.folder.load_state()
+        state: dict[str, Any] | None = None
+        problem: Exception | None = None
+        if self.ranks.first:
+            try:
+                state = self.folder.load_state()
+            except HtsatError as error:
+                problem = error
+        self.ranks.agree(problem)
+        state = self.ranks.from_first(state)
         if state is None:
             return 0  # stopped before the first save: the run begins again
         try:
@@ -653,6 +725,7 @@ class _Run:
             self.optimiser.load_state_dict(state["optimiser"])
             self.scaler.load_state_dict(state["scaler"])
             self.best = [(float(score), int(step)) for score, step in state["best"]]
+            self.best_saved = {step for _, step in self.best}
             self.without_better, self.skipped = int(state["without_better"]), int(state["skipped"])
             self.unreadable = dict(state["unreadable"])
             step = int(state["step"])
@@ -670,38 +743,52 @@ class _Run:
 
     def _finish(self, steps: int) -> Path:
         """Score what the run has brought forth, once, and write it."""
-        result = self.average
-        if self.best:
-            # Of the best averages, or of the only one there is.
+        problem: Exception | None = None
+        if self.best and self.ranks.first:
+            # Of the best averages, or of the only one there is; scoring hands it to the other processes.
             ranked = sorted(step for _, step in self.best)
             missing = [step for step in ranked if not self._candidate(step).is_file()]
-            if missing:
-                raise CheckpointError(f"{self._candidate(missing[0])}: is gone; the run cannot be finished without it")
-            result = average_checkpoints([self._candidate(step) for step in ranked])
-            self.average.load_state_dict(result.state_dict())
+            try:
+                if missing:
+                    raise CheckpointError(
+                        f"{self._candidate(missing[0])}: is gone; the run cannot be finished without it"
+                    )
+                result = average_checkpoints([self._candidate(step) for step in ranked])
+                self.average.load_state_dict(result.state_dict())
+            except HtsatError as error:
+                problem = error
+        self.ranks.agree(problem)
         report: dict[str, Any] = {"steps": steps, "train_clips": self.data.train.epoch_size}
         if self.best:
             report["selected_steps"] = sorted(step for _, step in self.best)
             report["selection_score"] = self.best[0][0]
         if self.data.material is not None:
             report |= score_held_out(self.average, self.recipe, self.data.material, self.on_progress)
+        evaluation: Evaluation | None = None
         if len(self.data.test):
-            scores = self._clip_scores(self.data.test, "scoring")
-            report |= {"test_clips": len(self.data.test)} | scores.to_dict()
+            heard = self._listen(self.data.test, "scoring")
+            evaluation = evaluate_clips(self.recipe, self.data, self.data.test, heard, self._identity(), "test")
+            report |= {"test_clips": len(self.data.test)} | evaluation.to_dict()
         if self.unreadable:
             report["unreadable_clips"] = sorted(self.unreadable)
         path = self.folder.path / "model.safetensors"
-        problem: Exception | None = None
         if self.ranks.first:
-            headline_only = {k: v for k, v in report.items() if isinstance(v, (int, float, str))}
-            checkpoint = self.recipe.checkpoint(
-                {"recipe": self.recipe.description, "steps": steps, "seed": self.config.seed, "report": headline_only}
-            )
+            shown = figures(report)
+            provenance = {"recipe": self.recipe.description, "steps": steps, "seed": self.config.seed, "report": shown}
+            checkpoint = self.recipe.checkpoint(provenance)
             try:
                 write_atomic(self.folder.path / "report.json", json.dumps(report, indent=1) + "\n")
                 save_checkpoint(path, self.average, checkpoint, dtype="float16")
+                self.folder.write_parts(self.data.parts())
+                if evaluation is not None:
+                    identity = identify(self.folder.path.name, path, checkpoint)
+                    evaluation = dataclasses.replace(evaluation, models=(identity,))
+                    write_atomic(self.folder.path / "report.html", html(evaluation, self.folder.path))
+                self.folder.sync()
             except HtsatError as error:
                 problem = error
+            except OSError as error:
+                problem = OutputError(f"{path}: cannot be saved: {error.strerror or error}; mend the disk, --resume")
         self.ranks.agree(problem)
         return path
 

@@ -89,12 +89,16 @@ class AugmentConfig:
     """Turn the clip around a random point in time."""
     gain_db: float = 0.0
     """Largest random gain, up and down."""
+    shift_seconds: float = 0.0
+    """Move the clip by up to so much, either way; silence follows it."""
     speed: float = 0.0
     """Largest relative change of speed and pitch."""
     background_share: float = 0.0
     """Share of the clips that get a background."""
+    noise_share: float = 0.0
+    """Share of the clips that get noise, between white and brown."""
     min_snr_db: float = 5.0
-    """Smallest ratio of the clip's power to the background's."""
+    """Smallest ratio of the clip's power to that of a background or noise."""
     max_snr_db: float = 30.0
     """Largest ratio."""
     equaliser_db: float = 0.0
@@ -112,8 +116,10 @@ class AugmentConfig:
         _check("mixup_alpha", self.mixup_alpha, 0.01, 100)
         _check("mixup_share", self.mixup_share, 0, 1)
         _check("gain_db", self.gain_db, 0, 60)
+        _check("shift_seconds", self.shift_seconds, 0, 60)
         _check("speed", self.speed, 0, 1)
         _check("background_share", self.background_share, 0, 1)
+        _check("noise_share", self.noise_share, 0, 1)
         _check("min_snr_db", self.min_snr_db, -60, 60)
         _check("max_snr_db", self.max_snr_db, self.min_snr_db, 60)
         _check("equaliser_db", self.equaliser_db, 0, 60)
@@ -171,6 +177,8 @@ class TrainConfig:
     """Passes over the training clips; 0: ``steps`` counts."""
     min_steps: int = 0
     """At least so many steps, however few the clips are; with ``epochs``."""
+    max_steps: int = 0
+    """At most so many steps, with ``epochs``; 0: no limit."""
     batch_size: int = 16
     """Clips or scenes per optimiser step, over all processes."""
     accumulate: int = 1
@@ -182,8 +190,9 @@ class TrainConfig:
     stretched."""
     balanced: bool = False
     """Draw classes evenly instead of clips."""
-    loss: Literal["bce", "ce", "asymmetric"] = "bce"
-    """Of the clip logits: each class for itself, exactly one class, or asymmetric (Ridnik et al. 2021)."""
+    loss: Literal["auto", "bce", "ce", "asymmetric"] = "bce"
+    """Of the clip logits: each class for itself (``bce``), exactly one class (``ce``), or asymmetric (Ridnik et al.
+    2021); ``auto``: ``ce`` if every clip has exactly one label, else ``bce``."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over the classes."""
     asymmetric_gamma: float = 4.0
@@ -246,6 +255,9 @@ class TrainConfig:
         _check("steps", self.steps, 1, 100_000_000)
         _check("epochs", self.epochs, 0, 1_000_000)
         _check("min_steps", self.min_steps, 0, 100_000_000)
+        _check("max_steps", self.max_steps, 0, 100_000_000)
+        if self.max_steps and self.min_steps > self.max_steps:
+            raise ConfigError(f"min_steps {self.min_steps} is above max_steps {self.max_steps}")
         _check("batch_size", self.batch_size, 1, 65536)
         _check("accumulate", self.accumulate, 1, 65536)
         _check("seed", self.seed, 0, 2**32 - 1)
@@ -278,8 +290,8 @@ class Recipe:
     description: str
     """One line for people."""
     data: DataConfig
-    frontend: FrontendConfig
-    model: ModelConfig
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(num_classes=0))
     train: TrainConfig = field(default_factory=TrainConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     start: StartConfig = field(default_factory=StartConfig)

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ class RunFolder:
                 "resume it with that one, or choose another --out"
             )
 
-    def begin(self, recipe: Recipe) -> None:
-        """Make the folder and write the recipe.
+    def make(self) -> None:
+        """Make the folder.
 
         Raises:
-            OutputError: it cannot be made or written.
+            OutputError: it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,13 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: the run folder cannot be made: {error.strerror}; choose another --out"
             ) from None
+
+    def begin(self, recipe: Recipe) -> None:
+        """Write the recipe.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
         write_atomic(self.path / "recipe.json", recipe_json(recipe))
 
     # -------------------------------------------------------------- states
@@ -106,6 +113,8 @@ class RunFolder:
         data = content.getbuffer()
         temporary = self.path / "state.tmp"
         try:
+            for log in self._logs():
+                _sync(log)  # the lines of the steps that the state has behind it
             with temporary.open("wb") as file:
                 file.write(MAGIC + hashlib.sha256(data).digest())
                 file.write(data)
@@ -114,11 +123,7 @@ class RunFolder:
             if self.state_path.exists():
                 self.state_path.replace(self.previous_path)
             temporary.replace(self.state_path)
-            folder = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the new names, too
-            finally:
-                os.close(folder)
+            self.sync()
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -127,20 +132,42 @@ class RunFolder:
                 "free space and use --resume"
             ) from None
 
+    def sync(self) -> None:
+        """Wait until the names of the files, too, are on the disk.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        _sync(self.path)
+
     def load_state(self) -> dict[str, Any] | None:
         """Return the newest whole state, or None if none was ever written.
 
+        A damaged newest one is replaced by the one before: the next save must not put it in that one's place.
+
         Raises:
             CheckpointError: there are states, and all are damaged.
+            OutputError: a damaged one cannot be replaced.
         """
         problems = []
         for path in (self.state_path, self.previous_path):
             if not path.exists():
                 continue
             try:
-                return _read_state(path)
+                state = _read_state(path)
             except _DAMAGE as error:
                 problems.append(f"{path}: {' '.join(str(error).split())[:200] or type(error).__name__}")
+                continue
+            if problems:
+                try:
+                    path.replace(self.state_path)
+                    self.sync()
+                except OSError as error:
+                    raise OutputError(
+                        f"{self.state_path}: is damaged and cannot be replaced by {path.name}: "
+                        f"{error.strerror or error}; make the folder writable"
+                    ) from None
+            return state
         if problems:
             raise CheckpointError(
                 f"{problems[0]}: cannot be resumed: the file is damaged; delete it and its previous one, and pass "
@@ -156,8 +183,11 @@ class RunFolder:
         Raises:
             OutputError: a log cannot be read or written.
         """
-        for path in (self.log_path, self.timing_path, self.path / "skipped.jsonl"):
+        for path in self._logs():
             cut_log(path, steps)
+
+    def _logs(self) -> list[Path]:
+        return [p for p in (self.log_path, self.timing_path, self.path / "skipped.jsonl") if p.exists()]
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
         """Add a line to a log.
@@ -173,10 +203,24 @@ class RunFolder:
                 f"{path}: cannot be written: {error.strerror or error}; free space and use --resume"
             ) from None
 
+    def write_parts(self, parts: Mapping[str, Sequence[str]]) -> None:
+        """List which clip was trained on, selected on or scored."""
+        lines = [f"{name}\t{part}" for part, names in parts.items() for name in names]
+        write_atomic(self.path / "parts.tsv", "\n".join(["filename\tpart", *lines]) + "\n")
+
     def write_unreadable(self, unreadable: Mapping[str, str]) -> None:
         """List the clips that could not be read."""
         lines = [f"{name}\t{' '.join(reason.split())}" for name, reason in sorted(unreadable.items())]
         write_atomic(self.path / "unreadable.tsv", "\n".join(["filename\treason", *lines]) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

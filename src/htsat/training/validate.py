@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from htsat.data.corpora import Clip
+from htsat.data.corpora import Clip, Corpus
 from htsat.data.mix import Source
 from htsat.detection.decoder import decode_events
-from htsat.errors import DataError
+from htsat.evaluation.evaluate import Evaluation, ModelIdentity, summarise
 from htsat.evaluation.listen import Heard, Listening, join_shards, posteriors, shard
-from htsat.evaluation.scores import TaggingScores, reference_matrix, score_tagging
+from htsat.evaluation.scores import TaggingScores
 from htsat.events import Event
 from htsat.grid import FrameGrid
 from htsat.metrics.detection import event_based, intersection_based
@@ -22,34 +21,39 @@ from htsat.training.material import Material, Progress, Soundscape
 from htsat.training.recipe import Recipe
 
 
-def clip_scores(
+def listen(
     model: HTSAT, recipe: Recipe, data: RunData, clips: Sequence[Clip], ranks: Ranks, what: str, progress: Progress
-) -> TaggingScores:
-    """Score a model on clips as ``tag`` would hear them, each by one of the processes.
-
-    Raises:
-        DataError: not one of the clips can be read.
-    """
+) -> list[Heard]:
+    """Return what a model says of clips, as ``tag`` and ``detect`` would hear them; each is heard by one process."""
     assert data.reader is not None
-    reader = data.reader
+    cut = CutReader(data.reader, recipe.data.clip_seconds)
     model.labels, model.checkpoint = recipe.data.labels, recipe.checkpoint({})
     own = [clips[i] for i in shard(len(clips), ranks.rank, ranks.world)]
-    fit: Fit | None = "stretch" if recipe.train.fit == "stretch" else None
     heard: list[Heard] = []
-    for result in posteriors(
-        [model], own, lambda rate: CutReader(reader, recipe.data.clip_seconds), Listening(fit=fit)
-    ):
+    for result in posteriors([model], own, lambda rate: cut, listening(recipe)):
         heard.append(result)
         progress(what, len(heard) / len(own))
-    everything = join_shards(ranks.gather(heard))
-    kept = [i for i, result in enumerate(everything) if result.failure is None]
-    if not kept:
-        raise DataError(f"{what}: none of the {len(clips)} clips can be read, the first one: {everything[0].failure}")
-    reference = reference_matrix([clips[i] for i in kept], recipe.data.labels)
+    return join_shards(ranks.gather(heard))
+
+
+def listening(recipe: Recipe) -> Listening:
+    """Return how the clips of a run are heard when it is scored."""
+    stretched = recipe.train.fit == "stretch"
+    return Listening(fit="stretch" if stretched else None, events=not stretched and recipe.train.loss != "ce")
+
+
+def evaluate_clips(
+    recipe: Recipe, data: RunData, clips: Sequence[Clip], heard: Sequence[Heard], identity: ModelIdentity, part: str
+) -> Evaluation:
+    """Score what a model said of clips.
+
+    Raises:
+        DataError: not one of the clips could be read.
+    """
     objective = recipe.checkpoint({}).objective
-    return score_tagging(
-        recipe.data.labels, objective, reference, np.stack([everything[i].posteriors for i in kept]), bootstrap=0
-    )
+    corpus = Corpus(recipe.data.corpus, data.folder, recipe.data.labels, objective, tuple(clips))
+    intervals = 1000 if part == "test" else 0
+    return summarise(corpus, heard, [identity], listening(recipe), part=part, bootstrap=intervals)
 
 
 def headline(scores: TaggingScores) -> tuple[str, float]:

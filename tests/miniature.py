@@ -25,6 +25,15 @@ TINY = (
     "train.threads=1", "train.steps=12", "train.batch_size=2", "data.test_fold=4",
 )  # fmt: skip
 
+#: what makes a recipe for clips fit the miniature corpora: half a second each, at the smallest native input
+TINY_CLIPS = (
+    f"frontend.sample_rate={RATE}", "frontend.n_fft=256", "frontend.hop_length=160", "frontend.f_max=4000.0",
+    "model.stem=patch", "model.patch_size=4", "model.image_size=128", f"model.chunk_seconds={SECONDS}",
+    "model.embed_dim=16", "model.depths=[1, 1, 1]", "model.num_heads=[2, 2, 2]", "model.window_size=4",
+    "data.clip_seconds=0.5", "train.threads=1", "train.epochs=0", "train.steps=3", "train.batch_size=4",
+    "train.precision=float32",
+)  # fmt: skip
+
 
 def tone(label: str, seconds: float, phase: float = 0.0) -> np.ndarray:
     """Return the sound of a class."""

@@ -21,6 +21,7 @@ from conftest import RATE, ToneBackend, sound, tiny_config, write_checkpoint, wr
 import htsat.audio.decode
 import htsat.cli
 import htsat.model.runtime
+from htsat.commands.console import cut, one_line
 from htsat.config import InferenceConfig
 from htsat.formats import FORMATS, read_events
 
@@ -29,7 +30,7 @@ SOUNDS = {
     "sub/b.flac": (12.5, [("high", 2.5, 5.0), ("low", 10.0, 12.5)]),
     "sub/deep/a.wav": (4.0, []),
 }
-COMMANDS = ["tag", "detect", "convert", "models", "info", "train"]
+COMMANDS = ["tag", "detect", "convert", "models", "info", "train", "evaluate", "data"]
 
 
 @pytest.fixture(scope="module")

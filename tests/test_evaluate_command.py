@@ -2,13 +2,13 @@
 
 import csv
 import json
-import sys
 
 import pytest
 import typer
 from conftest import ToneBackend, tiny_config, write_checkpoint, write_sound
 
 import htsat.evaluation.listen
+from htsat.commands.console import tell
 from htsat.commands.evaluate import evaluate
 from htsat.errors import HtsatError, UsageError
 
@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
         try:
             app(list(map(str, arguments)), standalone_mode=False)
         except HtsatError as error:
-            print(error, file=sys.stderr)
+            tell(str(error))
             code = 2 if isinstance(error, UsageError) else 1
         except SystemExit as exit:
             code = exit.code
@@ -44,7 +44,7 @@ def folder(tmp_path):
     for label in ("low", "high"):
         for i in range(4):
             heard = "high" if label == "low" and i == 3 else label
-            write_sound(data / label / f"{label}{i}.wav", 2.0, [(heard, 0.0, 2.0)], seed=i)
+            write_sound(data / label / f"{label}{i}.wav", 2.0 + i / 100, [(heard, 0.0, 2.0)])
     return data
 
 
@@ -123,7 +123,7 @@ def test_ensembles_and_their_identity(run, tiny_checkpoint, tmp_path, folder):
 def table(tmp_path, rows, columns=("filename", "label", "split")):
     data = tmp_path / "table"
     for i, row in enumerate(rows):
-        write_sound(data / row[0], 1.0, [("low", 0, 1)], seed=i)
+        write_sound(data / row[0], 1.0 + i / 100, [("low", 0, 1)])
     with (data / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     return data

@@ -284,6 +284,7 @@ class RunData:
         test: clips that are scored once, at the end; never chosen on.
         reader: of the clips.
         folder: where the clips lie.
+        corpus: which corpus they are.
         material: of scenes; None for clips.
         notes: what a person should know.
     """
@@ -296,6 +297,7 @@ class RunData:
     reader: ClipReader | None
     material: Material | None
     folder: Path
+    corpus: str
     notes: tuple[str, ...] = ()
 
     def parts(self) -> dict[str, list[str]]:
@@ -327,7 +329,7 @@ def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
     """
     if recipe.data.corpus == "scenes":
         material = load_material(recipe, root, progress)
-        return RunData(recipe, SceneExamples(recipe, material), (), (), (), None, material, root)
+        return RunData(recipe, SceneExamples(recipe, material), (), (), (), None, material, root, "scenes")
     corpus = _open(recipe, root / recipe.data.folder)
     recipe = recipe.with_labels(corpus.labels)
     if recipe.train.loss == "auto":
@@ -356,7 +358,7 @@ def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
             except AudioError:
                 continue  # met again, counted and listed in training
     examples = ClipExamples(recipe, train, reader, backgrounds, teacher)
-    return RunData(recipe, examples, train, select, test, reader, None, corpus.folder, tuple(notes))
+    return RunData(recipe, examples, train, select, test, reader, None, corpus.folder, corpus.name, tuple(notes))
 
 
 def _open(recipe: Recipe, folder: Path) -> Corpus:

@@ -51,7 +51,7 @@ def evaluate_clips(
         DataError: not one of the clips could be read.
     """
     objective = recipe.checkpoint({}).objective
-    corpus = Corpus(recipe.data.corpus, data.folder, recipe.data.labels, objective, tuple(clips))
+    corpus = Corpus(data.corpus, data.folder, recipe.data.labels, objective, tuple(clips))
     intervals = 1000 if part == "test" else 0
     return summarise(corpus, heard, [identity], listening(recipe), part=part, bootstrap=intervals)
 

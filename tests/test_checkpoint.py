@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from htsat.config import CheckpointConfig, DecodingConfig, FrontendConfig, ModelConfig, to_dict
+from htsat.config import CheckpointConfig, DecodingConfig, FrontendConfig, InferenceConfig, ModelConfig, to_dict
 from htsat.errors import CheckpointError, ConfigError, OutputError, UsageError
 from htsat.model.checkpoint import (
     MAX_HEADER,
@@ -88,8 +88,11 @@ def rewritten(whole: bytes, path: Path, **changes: object) -> Path:
         ModelConfig(num_classes=5, embed_dim=16, depths=(1,), num_heads=(2,), token_semantic=False),
         ModelConfig(num_classes=5, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=64 // 2, mlp_ratio=2.5),
         ModelConfig(num_classes=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1), patch_size=8, image_size=256),
+        ModelConfig(num_classes=2, embed_dim=16, depths=(1, 1), num_heads=(1, 1), patch_size=8, stem="conv"),
+        ModelConfig(num_classes=2, embed_dim=8, depths=(1,), num_heads=(1,), patch_size=2, stem="conv"),
+        ModelConfig(num_classes=2, embed_dim=8, depths=(1,), num_heads=(1,), frequency_embedding=True),
     ],
-    ids=["published", "small", "encoder", "no-tscam", "window", "patch"],
+    ids=["published", "small", "encoder", "no-tscam", "window", "patch", "conv", "conv of 2", "embedding"],
 )
 def test_shapes_are_foretold(model: ModelConfig) -> None:
     config = CheckpointConfig(FrontendConfig(), model, labels=tuple(map(str, range(model.num_classes))))
@@ -112,6 +115,34 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     with torch.inference_mode():
         ours, theirs = loaded(waveform), model(waveform)
     assert torch.equal(ours.framewise_logits, theirs.framewise_logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_round_trip_with_a_convolutional_stem(tmp_path: Path, dtype: str) -> None:
+    model = ModelConfig(
+        num_classes=3, embed_dim=16, depths=(1, 1), num_heads=(2, 4), patch_size=8, stem="conv",
+        frequency_embedding=True, drop_path=0.05,
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, model=model, inference=InferenceConfig(short="native"))
+    network = make(config)
+    save_checkpoint(tmp_path / "x.safetensors", network, config, dtype=dtype)  # type: ignore[arg-type]
+    loaded, found = load_checkpoint(tmp_path / "x.safetensors")
+    assert found == config
+    state = loaded.state_dict()
+    assert any(name.startswith("patch_embed.blocks.2.") for name in state)
+    for name, tensor in network.state_dict().items():
+        expected = tensor.half().float() if dtype == "float16" and tensor.ndim > 1 else tensor
+        assert torch.equal(state[name], expected), name
+    if dtype == "float32":
+        waveform = torch.randn(1, 100_000) * 0.1
+        with torch.inference_mode():
+            ours, theirs = loaded(waveform, "native"), network(waveform, "native")
+        assert torch.equal(ours.framewise_logits, theirs.framewise_logits)
+
+
+def test_a_stem_of_patches_is_no_convolutional_one(tmp_path: Path, whole: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"lacks 13 of \d+ tensors: patch_embed.blocks.0.0.weight"):
+        read_config(rewritten(whole, tmp_path / "x.safetensors", model__stem="conv"))
 
 
 def test_loaded_model_trains(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
 
 def test_an_unknown_key_near_to_nothing_lists_the_known_ones() -> None:
     message = refused(InferenceConfig, {"xyzzy": 1})
-    assert "unknown key 'xyzzy'; known: short, hop_seconds, clip_pooling" in message
+    assert "unknown key 'xyzzy'; known: short, chunk_part, hop_seconds, clip_pooling" in message
 
 
 def test_keys_that_are_no_text_are_refused() -> None:
@@ -223,6 +223,52 @@ def test_sections_that_contradict_each_other_are_refused(changes: dict[str, Any]
 def test_stretches_thinner_than_a_token_of_the_last_stage_are_refused(n_mels: int) -> None:
     """A token of the last stage is 32 cells high: a stretch of 16 mel bins would be half a token."""
     assert f"n_mels {n_mels} must be a multiple of" in refused(CheckpointConfig, small(frontend={"n_mels": n_mels}))
+
+
+def test_native_sizes_of_the_published_model_by_hand() -> None:
+    """Its picture has 4 stretches of 64 mel rows and 256 columns; after 32-fold merging two columns must remain."""
+    config = CheckpointConfig(FrontendConfig(), ModelConfig(num_classes=1), labels=("a",))
+    assert config.native_sizes == (1, 2, 4, 8, 16)
+    for seconds, size in ((10, 1), (5.01, 1), (5, 2), (2.5, 4), (2.4, 4), (1.25, 8), (1, 8), (0.625, 16), (0.01, 16)):
+        num_samples = round(seconds * 32000)
+        assert config.native_size(num_samples) == size, seconds
+        assert config.native_samples(num_samples) == 320000 // size >= num_samples
+        assert config.native_frames(num_samples) == 1024 // size
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"image_size": 128, "n_mels": 128},
+        {"image_size": 192, "n_mels": 64, "window_size": 4},
+        {"image_size": 192, "n_mels": 48, "patch_size": 4, "window_size": 6},
+        {"image_size": 128, "n_mels": 16, "patch_size": 2, "stem": "conv"},
+    ],
+)
+def test_native_sizes_fit_every_stage(model: dict[str, Any]) -> None:
+    """Whatever is offered, each stage can be cut into windows and merged; checked by running it."""
+    import torch
+
+    from htsat.model.htsat import HTSAT
+
+    frontend = FrontendConfig(sample_rate=8000, n_fft=256, hop_length=160, n_mels=model.pop("n_mels"), f_max=4000.0)
+    network = HTSAT(
+        frontend,
+        ModelConfig(num_classes=2, embed_dim=8, depths=(2, 2), num_heads=(1, 1), chunk_seconds=1.0, **model),
+    ).eval()
+    config = network.geometry
+    assert config.native_sizes[0] == 1
+    for size in config.native_sizes:
+        with torch.inference_mode():
+            tokens = network.encode(torch.zeros(1, config.num_frames // size, frontend.n_mels))
+        assert tokens.shape[-1] * size == config.num_tokens
+
+
+def test_conv_stems_that_cannot_be() -> None:
+    assert "needs a patch_size of 2, 4, 8" in refused(ModelConfig, {"stem": "conv", "patch_size": 1})
+    assert "needs a patch_size of 2, 4, 8" in refused(ModelConfig, {"stem": "conv", "patch_size": 12})
+    narrow = {"stem": "conv", "patch_size": 32, "embed_dim": 8, "num_heads": [1, 1, 1, 1]}
+    assert "embed_dim 8 is too narrow for the stem 'conv' of 32" in refused(ModelConfig, narrow)
 
 
 def test_bounds_hold_before_anything_is_allocated() -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from htsat.audio.mel import log_mel
 from htsat.config import FrontendConfig, ModelConfig
-from htsat.model.htsat import FITS, HTSAT, ModelOutput, pool_tokens
+from htsat.model.htsat import FITS, HTSAT, ConvStem, ModelOutput, pool_tokens
 from htsat.model.swin import (
     DropPath,
     Stage,
@@ -133,7 +134,11 @@ def check_batches(model: HTSAT, waveform: Tensor, sizes: tuple[int, ...], **opti
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("changes", [{}, {"token_semantic": False}, {"num_classes": 0}], ids=["tscam", "mean", "none"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"token_semantic": False}, {"num_classes": 0}, {"stem": "conv"}],
+    ids=["tscam", "mean", "none", "conv"],
+)
 def test_a_clip_gets_the_same_bits_in_any_batch(threads: Any, changes: dict[str, Any], fit: str) -> None:
     threads(1)
     check_batches(build(**changes), noise(9, 17_000), (2, 3, 5, 8, 9), fit=fit)
@@ -484,6 +489,61 @@ def test_a_whole_chunk_is_left_alone(model: HTSAT, fit: Any) -> None:
     assert model.fit_waveform(clip, fit) is clip
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "native"), [(1, 2_500), (2_501, 5_000), (10_000, 10_000), (10_001, 20_000), (20_001, 40_000)]
+)
+def test_native_appends_silence_up_to_the_next_size(model: HTSAT, num_samples: int, native: int) -> None:
+    """This model takes a chunk, or a half, a quarter, an eighth, a sixteenth of it."""
+    clip = noise(2, num_samples)
+    fitted = model.fit_waveform(clip, "native")
+    assert torch.equal(fitted, torch.cat([clip, torch.zeros(2, native - num_samples)], 1))
+
+
+def test_native_size_is_the_model_of_that_size(threads: Any) -> None:
+    """A sixteenth of this model's chunk is a square again: a whole model with the same weights takes just that."""
+    threads(1)
+    frontend = FrontendConfig(sample_rate=8000, n_fft=512, hop_length=320, n_mels=16, f_max=4000.0)
+    large = build(frontend, window_size=2, chunk_seconds=10.0)
+    small = build(frontend, window_size=2, chunk_seconds=0.625, image_size=16)
+    small.load_state_dict(large.state_dict())
+    for num_samples in (5_000, 4_321):
+        clip = noise(2, num_samples)
+        expected = values(infer(small, clip, "pad"))
+        for name, value in values(infer(large, clip, "native")).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    # Tokens of 2500 samples: two of them, the last one begun.
+    assert expected["framewise_logits"].shape == (2, 2, 5)
+
+
+def test_a_chunk_is_the_same_in_every_way_that_keeps_time(model: HTSAT) -> None:
+    whole = values(infer(model, noise(2), "pad"))
+    assert all(torch.equal(value, whole[name]) for name, value in values(infer(model, noise(2), "native")).items())
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_short_clips_cost_their_share(stem: str) -> None:
+    model = build(stem=stem)
+
+    def work(num_samples: int, fit: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            infer(model, noise(1, num_samples), fit)
+        return counter.get_total_flops()
+
+    chunk = work(CHUNK, "native")
+    assert work(10_000, "pad") == chunk
+    for size in (2, 4, 8, 16):
+        assert work(CHUNK // size, "native") == pytest.approx(chunk / size, rel=0.12), size
+
+
+def test_gradients_reach_all_weights_at_every_native_size() -> None:
+    model = build(stem="conv").train()
+    for size in (1, 2, 4, 8, 16):
+        model.zero_grad()
+        values(model(noise(2, CHUNK // size), "native"))["framewise_logits"].square().mean().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), (size, name)
+
+
 @pytest.mark.parametrize("fit", ["stretch", "repeat"])
 def test_stretch_and_repeat_leave_the_waveform_to_the_log_mel(model: HTSAT, fit: Any) -> None:
     clip = noise(1, 12_345)
@@ -514,7 +574,7 @@ def test_repeat_is_whole_repeats_of_the_log_mel_then_stretched(threads: Any, mod
 @pytest.mark.parametrize(
     ("num_samples", "tokens"), [(1, 1), (1250, 1), (1251, 2), (20_000, 16), (20_001, 17), (39_999, 32), (40_000, 32)]
 )
-@pytest.mark.parametrize("fit", ["pad", "tile"])
+@pytest.mark.parametrize("fit", ["pad", "tile", "native"])
 def test_framewise_output_ends_with_the_clip(model: HTSAT, fit: Any, num_samples: int, tokens: int) -> None:
     """A token is 1250 samples; one that the clip only begins counts."""
     output = values(infer(model, noise(1, num_samples), fit))
@@ -544,6 +604,7 @@ def test_stretching_keeps_ends_and_length(model: HTSAT) -> None:
     [
         ("pad", 40_001, "1 to 40000"),
         ("tile", 50_000, "1 to 40000"),
+        ("native", 40_001, "1 to 40000"),
         ("pad", 0, "1 to 40000"),
         ("stretch", 128, "129 to 40959"),
         ("stretch", 40_960, "129 to 40959"),
@@ -598,6 +659,47 @@ def test_patches_are_cells_of_four_frames_and_four_mel_bins(model: HTSAT) -> Non
         expected = embed.norm(torch.einsum("btm,cmt->bc", cell, weight) + embed.proj.bias)
     assert actual.shape == (2, 64, 4, 16)
     torch.testing.assert_close(actual[:, 2, 1], expected)
+
+
+@pytest.mark.parametrize(("patch_size", "width"), [(4, 16), (8, 16), (2, 8)])
+def test_conv_stem_is_local_and_moves_with_its_input(patch_size: int, width: int) -> None:
+    """One token per patch; where a feature lies decides which tokens feel it, a patch later the same ones a step on."""
+    torch.manual_seed(0)
+    stem = ConvStem(patch_size, width).eval()
+    features = torch.randn(2, 16 * patch_size, 8 * patch_size)
+    with torch.no_grad():
+        tokens = stem(features)
+        assert tokens.shape == (2, 16, 8, width)
+        moved = stem(features.roll((patch_size, patch_size), (1, 2)))
+        torch.testing.assert_close(moved[:, 4:14, 4:6], tokens[:, 3:13, 3:5], rtol=1e-4, atol=1e-5)
+        changed = features.clone()
+        changed[:, 8 * patch_size] += 5
+        felt = (stem(changed) - tokens).abs().amax((0, 2, 3)) > 1e-6
+    steps = torch.nonzero(felt).flatten().tolist()
+    # Two convolutions of three cells at each resolution see up to three patches either way.
+    assert 8 in steps and min(steps) >= 5 and max(steps) <= 11
+
+
+def test_conv_stem_by_hand() -> None:
+    """Patches of 2 x 2: one convolution of stride 2 and one of stride 1, each with batch norm and ReLU; layer norm."""
+    torch.manual_seed(0)
+    stem = ConvStem(2, 8).eval()
+    features = torch.randn(1, 8, 6)
+    first, second = stem.blocks[0][0], stem.blocks[0][3]  # type: ignore[index]
+    scale = (1 + 1e-5) ** -0.5  # a batch norm that has seen nothing
+    padded = F.pad(features[0], (1, 1, 1, 1))
+    middle = torch.zeros(8, 6, 5)
+    with torch.no_grad():
+        for row in range(4):
+            for column in range(3):
+                cell = padded[2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+                middle[:, row + 1, column + 1] = ((first.weight[:, 0] * cell).sum((1, 2)) * scale).clamp_min(0)
+        expected = torch.zeros(4, 3, 8)
+        for row in range(4):
+            for column in range(3):
+                cell = middle[:, row : row + 3, column : column + 3]
+                expected[row, column] = ((second.weight * cell).sum((1, 2, 3)) * scale).clamp_min(0)
+        torch.testing.assert_close(stem(features)[0], F.layer_norm(expected, (8,)), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_come_out_in_the_order_of_time(model: HTSAT) -> None:

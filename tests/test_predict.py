@@ -127,7 +127,9 @@ def direct(network, waveform, **settings):
         return network(torch.from_numpy(waveform[None]), **settings)
 
 
-@pytest.mark.parametrize(("seconds", "short"), [(10.0, "pad"), (3.0, "pad"), (3.0, "tile")])
+@pytest.mark.parametrize(
+    ("seconds", "short"), [(10.0, "pad"), (10.0, "native"), (3.0, "pad"), (3.0, "tile"), (3.0, "native")]
+)
 def test_one_chunk_is_what_the_network_says(tiny_checkpoint, seconds, short):
     predictor = Predictor(tiny_checkpoint, device="cpu", inference=InferenceConfig(short=short))
     waveform = sound(seconds, [("low", 1.0, 2.0)])
@@ -140,6 +142,37 @@ def test_one_chunk_is_what_the_network_says(tiny_checkpoint, seconds, short):
     if seconds == 3.0:
         other = direct(predictor.model, waveform, fit="tile" if short == "pad" else "pad")
         assert abs(other.framewise_logits[0].sigmoid().numpy() - prediction.framewise_posteriors).max() > 1e-3
+
+
+def test_a_short_recording_at_its_own_size(tiny_checkpoint, tmp_path):
+    """Tags and events of a file of 3 s are those of the network given half a chunk, cut to the recording."""
+    inference, decoding = InferenceConfig(short="native"), DecodingConfig(threshold=0.5)
+    predictor = Predictor(tiny_checkpoint, device="cpu", inference=inference, decoding=decoding)
+    path = write_sound(tmp_path / "a.wav", 3, [("low", 1.0, 2.0)], RATE, subtype="FLOAT")
+    waveform, _ = soundfile.read(path, dtype="float32")
+    half = np.pad(waveform, (0, 2 * RATE))
+    with torch.inference_mode():
+        network = predictor.model
+        tokens = network.encode(network.normalise(network.stretch(network.frontend(torch.from_numpy(half)[None]), 128)))
+        clipwise, framewise = network.classify(tokens)
+    prediction = predictor.predict(path)
+    assert prediction.framewise_posteriors.shape == (10, 2) and prediction.frame_boundaries[-1] == 3.0
+    np.testing.assert_allclose(prediction.framewise_posteriors, framewise[0, :10].sigmoid(), atol=1e-6)
+    np.testing.assert_allclose(prediction.clipwise_posteriors, clipwise[0].sigmoid(), atol=1e-6)
+    on = prediction.framewise_posteriors >= 0.5
+    for label, column in zip(predictor.labels, on.T, strict=True):
+        covered = np.zeros(10, bool)
+        for event in (e for e in prediction.events if e.event_label == label):
+            covered[round(event.onset / TOKEN) : int(np.ceil(event.offset / TOKEN - 1e-6))] = True
+        np.testing.assert_array_equal(covered, column)
+    assert 0 < on.sum() < on.size
+
+
+def test_recordings_longer_than_a_chunk_have_no_size_of_their_own(tiny_checkpoint, tiny):
+    waveform = sound(11, [("low", 3.0, 9.0)])
+    native = Predictor(tiny_checkpoint, device="cpu", inference=InferenceConfig(short="native"))
+    a, b = native.predict((waveform, RATE)), tiny.predict((waveform, RATE))
+    np.testing.assert_array_equal(a.framewise_posteriors, b.framewise_posteriors)
 
 
 def test_a_clip_alone_is_the_clip_in_a_batch(tiny):

@@ -5,8 +5,11 @@ nothing it does, or suffers, reaches the test. What a rank runs is ``htsat train
 ``torchrun`` would give it. A piece of source text, its *mishap*, may be run in it first.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from atexit import register
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,10 +107,7 @@ class Nursery:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS
         )
 
-    def __enter__(self) -> "Nursery":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait(timeout=60)
@@ -152,6 +153,14 @@ class Nursery:
         return self.run(["train", "esc50", "--data", data, "--out", out, *given, *more], **options)
 
 
+@functools.cache
+def nursery() -> Nursery:
+    """Return the nursery of this test process."""
+    found = Nursery()
+    register(found.close)
+    return found
+
+
 def state_of(path: Path) -> dict[str, Any]:
     """Return the content of a state, checked against its checksum by other means than the program's."""
     import torch
@@ -187,25 +196,33 @@ def run_differences(first: Path, second: Path) -> list[str]:
     chosen = json.loads((first / "report.json").read_text()).get("selected_steps", [])
     names += [f"best-{step:08d}.safetensors" for step in chosen]
     for name in names:
-        contents = [(out / name).read_bytes() if (out / name).exists() else None for out in (first, second)]
+        contents = [_content(out / name) if (out / name).exists() else None for out in (first, second)]
         if contents[0] != contents[1]:
             found.append(name)
     return found
+
+
+def _content(path: Path) -> Any:
+    """Return what a file says, bit by bit; the order of a checkpoint's metadata is the writing library's whim."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data.replace(str(path.parent).encode(), b"RUN")  # the report names the files it is about
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
 
 
 # ------------------------------------------------------------------ the process that forks
 
 
 def _serve() -> None:
-    import torch  # noqa: F401  (imported for its children)
-    import torch.distributed
-    import torch.utils.data
-    import torch.utils.tensorboard
-
-    import htsat.cli
-    import htsat.training.folds
-    import htsat.training.loop  # noqa: F401
-
+    # Whatever a training imports on its way, here once for all of them; none of it starts a thread.
+    for name in (
+        "torch", "torch._dynamo", "torch.distributed.tensor", "torch.utils.data", "torch.utils.tensorboard",
+        "torch.nn.parallel", "safetensors.torch", "sympy", "numpy.fft", "pydantic.type_adapter", "soxr",
+        "htsat.cli", "htsat.training.folds", "htsat.training.loop",
+    ):  # fmt: skip
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
         answer = _run(json.loads(line))
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -290,19 +307,19 @@ def _child(rank: int, job: dict[str, Any], port: int, outputs: tuple[int, int]) 
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, source in enumerate((nothing, *outputs)):
             os.dup2(source, number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         if job["world"] > 1:
             os.environ |= {
                 "RANK": str(rank), "WORLD_SIZE": str(job["world"]), "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
-        mishap = job["mishaps"].get(str(rank))
-        if mishap:
-            exec(compile(mishap, "mishap", "exec"), {"__name__": "mishap", "LAST": last})
         import htsat.cli
 
         sys.argv = ["htsat", *job["arguments"]]
         try:
+            mishap = job["mishaps"].get(str(rank))
+            if mishap:
+                exec(compile(mishap, "mishap", "exec"), {"__name__": "mishap", "LAST": last})
             htsat.cli.main()
             code = 0
         except SystemExit as end:

@@ -272,12 +272,16 @@ class InferenceConfig:
     short: Literal["pad", "tile", "native"] = "pad"
     """Recordings shorter than a chunk: followed by silence (``pad``) or repeated (``tile``) until the chunk is full,
     or heard at the shortest input that holds them (``native``: half a chunk, a quarter ...)."""
+    chunk_part: int = 1
+    """Recordings are cut into this part of a chunk: 2 for halves, 4 for quarters. For models trained on clips that
+    short; one of ``CheckpointConfig.native_sizes``."""
     hop_seconds: float = 5.0
     """Seconds between the starts of overlapping chunks of longer recordings."""
     clip_pooling: Literal["max", "mean", "top"] = "max"
     """Clip posteriors over chunks: largest, mean, or mean of the largest quarter."""
 
     def __post_init__(self) -> None:
+        _check("chunk_part", self.chunk_part, 1, 1024)
         _check("hop_seconds", self.hop_seconds, 0.1, 60)
 
 
@@ -325,15 +329,31 @@ class CheckpointConfig:
                 f"chunk_seconds {model.chunk_seconds:g} gives {self.chunk_samples // frontend.hop_length + 1} frames, "
                 f"more than the {self.num_frames} that fit the square"
             )
-        if self.inference.hop_seconds > model.chunk_seconds:
+        if self.inference.chunk_part not in self.native_sizes:
             raise ConfigError(
-                f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {model.chunk_seconds:g} s"
+                f"chunk_part {self.inference.chunk_part} is none of the parts of a chunk that the model takes: "
+                f"{', '.join(map(str, self.native_sizes))}"
+            )
+        heard_seconds = model.chunk_seconds / self.inference.chunk_part
+        if self.inference.hop_seconds > heard_seconds:
+            raise ConfigError(
+                f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {heard_seconds:g} s"
             )
 
     @property
     def chunk_samples(self) -> int:
         """Samples of one chunk at the model's sample rate."""
         return round(self.model.chunk_seconds * self.frontend.sample_rate)
+
+    @property
+    def heard_samples(self) -> int:
+        """Samples of the chunks that recordings are cut into."""
+        return self.chunk_samples // self.inference.chunk_part
+
+    @property
+    def heard_tokens(self) -> int:
+        """Time steps of the framewise output of such a chunk."""
+        return self.num_tokens // self.inference.chunk_part
 
     @property
     def num_frames(self) -> int:
@@ -351,11 +371,9 @@ class CheckpointConfig:
 
         A shorter clip is a smaller picture: fewer stretches of time above each other, then a narrower one.
         """
-        sizes = []
-        divisor = 1
-        while self._takes(divisor):
-            sizes.append(divisor)
-            divisor *= 2
+        sizes = [1]
+        while self._takes(2 * sizes[-1]):
+            sizes.append(2 * sizes[-1])
         return tuple(sizes)
 
     def _takes(self, divisor: int) -> bool:

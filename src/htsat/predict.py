@@ -205,8 +205,8 @@ class Predictor:
             MemoryError: the device has too little memory for a batch.
         """
         config = self.config
-        rate, chunk_samples = config.frontend.sample_rate, config.chunk_samples
-        tokens_per_chunk = config.num_tokens
+        rate, chunk_samples = config.frontend.sample_rate, config.heard_samples
+        tokens_per_chunk = config.heard_tokens
         hop_tokens = min(tokens_per_chunk, max(1, round(config.inference.hop_seconds / config.token_seconds)))
         overview = SpectrogramOverview(rate) if spectrogram else None
         num_samples = 0

@@ -70,7 +70,7 @@ class Corpus:
     folder: Path
     labels: tuple[str, ...]
     objective: Objective
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     warnings: tuple[str, ...] = ()
 
 

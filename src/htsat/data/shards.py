@@ -33,7 +33,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import filelock
 import numpy as np
@@ -554,9 +554,7 @@ def open_shards(folder: Path) -> Corpus:
     clips = ShardClips(folder)
     manifest = clips.packing.manifest
     # lazy: a tuple of millions of clips would take gigabytes in every process
-    return Corpus(
-        manifest["name"], folder, tuple(manifest["labels"]), manifest["objective"], cast("tuple[Clip, ...]", clips)
-    )
+    return Corpus(manifest["name"], folder, tuple(manifest["labels"]), manifest["objective"], clips)
 
 
 @dataclass(frozen=True, eq=False)

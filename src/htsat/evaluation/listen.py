@@ -227,6 +227,8 @@ class _Member:
         if listening.fit in ("pad", "tile", "native"):
             config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, short=listening.fit))
         elif listening.fit is not None:
+            # Published: always a whole chunk.
+            config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, chunk_part=1))
             self._backend = _Stretching(model, listening.fit, backend.device)
         self.config = config
         # A frame at the edge of what is stretched reflects half a window.
@@ -239,7 +241,7 @@ class _Member:
         """Return the clip posteriors (or logits) and, if asked for, the framewise posteriors of waveforms."""
         config, offsets = self.config, shift_offsets(self._listening.shifts)
         heard_in_time = waveforms if self._listening.events else ()
-        stitchers = [Stitcher(len(config.labels), config.num_tokens) for _ in heard_in_time]
+        stitchers = [Stitcher(len(config.labels), config.heard_tokens) for _ in heard_in_time]
         answers: dict[tuple[int, int], list[tuple[Array, int]]] = {}
         tasks = (
             (number, shift, chunk)
@@ -252,21 +254,21 @@ class _Member:
             for (number, shift, chunk), logits, frames in zip(batch, clip_logits, frame_logits, strict=True):
                 answers.setdefault((number, shift), []).append((logits, chunk.length))
                 if stitchers and not shift:
-                    rest = np.zeros((config.num_tokens - len(frames), len(config.labels)), np.float32)
+                    rest = np.zeros((config.heard_tokens - len(frames), len(config.labels)), np.float32)
                     stitchers[number].add(chunk.start_token, np.concatenate([sigmoid(frames), rest]))
         results = []
         for number, waveform in enumerate(waveforms):
             shifted = [self._pooled(answers[number, shift]) for shift in range(len(offsets))]
             framewise = None
             if stitchers:
-                tokens = num_tokens(len(waveform), config.chunk_samples, config.num_tokens)
+                tokens = num_tokens(len(waveform), config.heard_samples, config.heard_tokens)
                 framewise = stitchers[number].finish(tokens)[:, self.columns]
             results.append((_mean(shifted)[self.columns], framewise))
         return results
 
     def boundaries(self, num_frames: int, duration: float) -> NDArray[np.float64]:
         """Return the (num_frames + 1,) seconds between the frames of a clip."""
-        step = self.config.chunk_samples / (self.config.num_tokens * self.config.frontend.sample_rate)
+        step = self.config.heard_samples / (self.config.heard_tokens * self.config.frontend.sample_rate)
         boundaries = np.arange(num_frames + 1, dtype=np.float64) * step
         boundaries[-1] = duration
         return boundaries
@@ -277,10 +279,10 @@ class _Member:
         if self._stretches and len(waveform) < config.chunk_samples:
             yield Chunk(waveform, 0, 0, len(waveform))
             return
-        hop = min(config.num_tokens, max(1, round(config.inference.hop_seconds / config.token_seconds)))
+        hop = min(config.heard_tokens, max(1, round(config.inference.hop_seconds / config.token_seconds)))
         short: Literal["pad", "tile"] = "tile" if config.inference.short == "tile" else "pad"
-        chunks = chunk_stream([waveform], config.chunk_samples, config.num_tokens, hop, short)
-        if config.inference.short == "native" and len(waveform) <= config.chunk_samples:
+        chunks = chunk_stream([waveform], config.heard_samples, config.heard_tokens, hop, short)
+        if config.inference.short == "native" and len(waveform) <= config.heard_samples:
             for chunk in chunks:
                 yield dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
         else:

@@ -110,7 +110,7 @@ class ClipExamples:
         self._token_seconds = config.token_seconds
         self._column = {label: i for i, label in enumerate(recipe.data.labels)}
         self.epoch_size = len(clips)
-        corpus = Corpus("", Path(), recipe.data.labels, "multi_label", clips)  # type: ignore[arg-type]
+        corpus = Corpus("", Path(), recipe.data.labels, "multi_label", clips)
         found = targets(corpus)
         owner = np.repeat(np.arange(len(clips)), np.diff(found.offsets))
         by_class = np.argsort(found.indices, kind="stable")
@@ -310,14 +310,37 @@ class RunData:
 
 
 class CutReader:
-    """Reads clips and cuts them to ``seconds``, as ESC-50 does with the few that are longer."""
+    """Reads clips and cuts them to ``seconds``; 0: leaves them whole."""
 
     def __init__(self, reader: ClipReader, seconds: float) -> None:
-        self._reader, self._length = reader, round(seconds * reader.sample_rate)
+        self._reader, self._length = reader, round(seconds * reader.sample_rate) or None
 
     def read(self, clip: Clip) -> Waveform:
         """Return the beginning of the clip."""
         return self._reader.read(clip)[: self._length]
+
+
+def with_length(recipe: Recipe, clips: Sequence[Clip], reader: ClipReader) -> Recipe:
+    """Return the recipe with the length of its examples; at native length it is also that of the chunks heard later."""
+    config, seconds = recipe.checkpoint({}), recipe.data.clip_seconds
+    if not seconds:
+        durations = []
+        for i in np.linspace(0, len(clips) - 1, min(len(clips), 200)).astype(int):
+            try:
+                durations.append(reader.duration(clips[int(i)]))
+            except AudioError:
+                continue  # met again, counted and listed in training
+        # A few samples more than the round number are no reason to double the length.
+        most = float(np.quantile(durations, 0.9)) * 0.98 if durations else recipe.model.chunk_seconds
+        size = config.native_size(min(config.chunk_samples, round(most * recipe.frontend.sample_rate)))
+        seconds = recipe.model.chunk_seconds / size
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, clip_seconds=seconds))
+    if recipe.train.fit != "native":
+        return recipe
+    part = config.native_size(round(seconds * recipe.frontend.sample_rate))
+    hop = min(recipe.inference.hop_seconds, recipe.model.chunk_seconds / part / 2)
+    inference = dataclasses.replace(recipe.inference, short="native", chunk_part=part, hop_seconds=max(0.1, hop))
+    return dataclasses.replace(recipe, inference=inference)
 
 
 def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
@@ -342,6 +365,7 @@ def open_run_data(recipe: Recipe, root: Path, progress: Progress) -> RunData:
         )
     train, select, test, notes = _parts(recipe, corpus)
     reader = ClipReader(recipe.frontend.sample_rate, cache_bytes=round(recipe.data.cache_gb * 2**30))
+    recipe = with_length(recipe, train, reader)
     backgrounds: list[Waveform] = []
     if recipe.data.backgrounds and recipe.augment.background_share:
         backgrounds = [reader.read(clip) for clip in read_unlabelled(root / recipe.data.backgrounds)]
@@ -412,6 +436,9 @@ def _parts(recipe: Recipe, corpus: Corpus) -> tuple[Sequence[Clip], Sequence[Cli
         notes.append(f"no clips to train on of {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
     if not train:
         raise DataError(f"{corpus.folder}: no clips to train on")
+    if select and not test and not recipe.train.select_steps:
+        test, select = select, []  # nothing is chosen on them, so they may be reported
+        notes.append(f"the {len(test)} clips of the validation split are scored: nothing is selected on them")
     return train, select, test, notes
 
 

@@ -43,7 +43,10 @@ class DataConfig:
     test: float = 0.0
     """The same for the clips that are scored at the end, where the corpus has no test split."""
     clip_seconds: float = 10.0
-    """Clips are cut to this (in training at random), and filled up to it."""
+    """Clips are cut to this in training, at random, and filled up to it; 0: the shortest native input that holds nine
+    of ten clips."""
+    score_seconds: float = 0.0
+    """Clips are cut to this when they are scored, as ESC-50 cuts the few that are longer; 0: heard whole."""
     unreadable: float = 0.01
     """Share of the clips that may be unreadable; they are left out and listed in ``unreadable.tsv``."""
     cache_gb: float = 4.0
@@ -69,7 +72,9 @@ class DataConfig:
             _check(share, getattr(self, share), 0, 1)
         if self.select + self.test > 0.9:
             raise ConfigError(f"select {self.select:g} and test {self.test:g} leave too few clips to train on")
-        _check("clip_seconds", self.clip_seconds, 0.05, 60)
+        if self.clip_seconds:
+            _check("clip_seconds", self.clip_seconds, 0.05, 60)
+        _check("score_seconds", self.score_seconds, 0, 86400)
         _check("cache_gb", self.cache_gb, 0, 100_000)
 
 

@@ -26,7 +26,7 @@ def listen(
 ) -> list[Heard]:
     """Return what a model says of clips, as ``tag`` and ``detect`` would hear them; each is heard by one process."""
     assert data.reader is not None
-    cut = CutReader(data.reader, recipe.data.clip_seconds)
+    cut = CutReader(data.reader, recipe.data.score_seconds)
     model.labels, model.checkpoint = recipe.data.labels, recipe.checkpoint({})
     own = [clips[i] for i in shard(len(clips), ranks.rank, ranks.world)]
     heard: list[Heard] = []

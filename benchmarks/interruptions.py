@@ -89,7 +89,7 @@ class Matrix:
         if key not in self._references:
             out = self.folder / f"reference-{precision}-{world}"
             counted = self.folder / "lines"
-            mishap = COUNT_LINES.format(path=str(counted))
+            mishap = COUNT_LINES.format(n=0, path=str(counted))
             outcome = self.nursery.train(
                 self.data, out, f"train.precision={precision}", world=world, mishaps={0: mishap}, limit=600
             )
@@ -122,7 +122,8 @@ class Matrix:
                 mishaps = {0: FULL_DISK.format(n=choose.randint(1, 18))}
             else:
                 name = signal.SIGKILL if kind == "time" else signal.Signals[kind]
-                blow = (choose.uniform(0, 0.8 * seconds), int(name), ranks)
+                # Soon, mostly: what comes before the first step takes most of the seconds.
+            blow = (seconds * choose.random() ** 3, int(name), ranks)
             outcome = self.nursery.train(
                 self.data, out, *settings, resume=(out / "recipe.json").exists(), world=world,
                 mishaps=mishaps, blow=blow, limit=600,

@@ -92,7 +92,7 @@ def test_killed_at_any_step(data, whole, tmp_path, precision, workers, world, ra
 def count_lines(data, tmp_path):
     """Return how many lines of Python write the files of a run."""
     counted = tmp_path / "lines"
-    outcome = nursery().train(data, tmp_path / "counted", mishaps={0: COUNT_LINES.format(path=str(counted))})
+    outcome = nursery().train(data, tmp_path / "counted", mishaps={0: COUNT_LINES.format(n=0, path=str(counted))})
     assert outcome.codes == [0], outcome.errors
     return int(counted.read_text())
 

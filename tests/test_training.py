@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from miniature import TINY, make_root
+from miniature import TINY, TINY_CLIPS, make_root
+from miniature_corpora import make_esc50
 from safetensors.torch import load_file
 
 from htsat.config import DecodingConfig
@@ -735,6 +736,117 @@ def test_frame_loss_counts_each_timed_clip_alike(root, tmp_path, monkeypatch):
     assert extra[1] > 0.1 and not extra[[0, 2, 3]].abs().gt(1e-5).any()
     # At the prior of 0.06 a silent token costs log(1 / 0.94), a sounding one log(1 / 0.06): the mean lies between.
     assert -math.log(0.94) / 2 < float(extra.mean()) < -math.log(0.06)
+
+
+# ------------------------------------------------------------------ selection, unreadable clips
+
+FEW = ("dog", "rain")
+
+
+@pytest.fixture(scope="module")
+def esc(tmp_path_factory):
+    return make_esc50(tmp_path_factory.mktemp("esc"), labels=FEW)
+
+
+def clips_recipe(*overrides):
+    few = (
+        "data.corpus=esc50",
+        f"data.labels={list(FEW)}",
+        "data.test_fold=5",
+        "data.select=0.3",
+        "train.steps=8",
+        "train.min_steps=0",
+    )
+    return load_recipe("esc50", [*TINY_CLIPS, *few, *overrides])
+
+
+def scored(monkeypatch, *scores):
+    """Let the selection split be scored like this, one after the other."""
+    left = list(scores)
+    monkeypatch.setattr(loop, "headline", lambda found: ("accuracy", left.pop(0)))
+    return left
+
+
+def test_the_mean_of_the_best_and_an_early_end(esc, tmp_path, monkeypatch):
+    """Best at step 2 and again at 4; three scores without a better one end the run after step 5."""
+    left = scored(monkeypatch, 0.1, 0.5, 0.4, 0.5, 0.3, 0.9)
+    recipe = clips_recipe("train.select_steps=1", "train.keep_best=2", "train.patience=3", "train.save_steps=1")
+    candidates = {}
+
+    def on_step(step):
+        for path in tmp_path.glob("best-*.safetensors"):
+            candidates.setdefault(path.name, load_file(path))
+
+    train(recipe, esc, tmp_path, on_step=on_step)
+    assert left == [0.9]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["steps"], report["selected_steps"], report["selection_score"]) == (5, [2, 4], 0.5)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["selection"]["accuracy"] for line in log if "selection" in line] == [0.1, 0.5, 0.4, 0.5, 0.3]
+    candidates |= {path.name: load_file(path) for path in tmp_path.glob("best-*.safetensors")}
+    first, second = (candidates[f"best-{step:08d}.safetensors"] for step in (2, 4))
+    assert not torch.equal(first["norm.weight"], second["norm.weight"])
+    for name, tensor in weights(tmp_path).items():
+        if tensor.is_floating_point():
+            expected = ((first[name].double() + second[name].double()) / 2).float()
+            assert torch.equal(tensor, expected.to(tensor.dtype)), name
+
+
+def test_a_better_score_starts_the_patience_anew(esc, tmp_path, monkeypatch):
+    left = scored(monkeypatch, 0.5, 0.4, 0.6, 0.1, 0.6, 0.9, 0.9, 0.9)
+    recipe = clips_recipe("train.select_steps=1", "train.patience=2")
+    train(recipe, esc, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["steps"], report["selected_steps"], len(left)) == (5, [3], 3)
+
+
+def test_selection_needs_clips(esc, tmp_path):
+    with pytest.raises(HtsatError, match=r"train.select_steps needs clips to select on: .*data.select"):
+        train(clips_recipe("train.select_steps=1", "data.select=0"), esc, tmp_path)
+
+
+def test_epochs_are_turned_into_steps(esc, tmp_path):
+    """20 clips and batches of 4: an epoch is five steps."""
+    for number, (settings, steps) in enumerate(
+        [
+            (("train.epochs=0.5",), 3),
+            (("train.epochs=0.1", "train.min_steps=2"), 2),
+            (("train.epochs=9", "train.max_steps=1"), 1),
+        ]
+    ):
+        told = []
+        train(
+            clips_recipe("data.select=0", "data.test_fold=0", *settings),
+            esc,
+            tmp_path / str(number),
+            on_step=told.append,
+        )
+        assert len(told) == told[0].steps == steps
+
+
+def test_unreadable_clips_are_listed_up_to_the_quota(esc, tmp_path):
+    root = Path(shutil.copytree(esc, tmp_path / "esc"))
+    damaged = sorted((root / "audio").glob("1-*.wav"))[0]
+    damaged.write_bytes(b"RIFF but no more")
+    notes = []
+    out = tmp_path / "out"
+    train(clips_recipe("data.select=0", "data.unreadable=0.07"), root, out, on_note=notes.append)  # 1 of 16
+    header, line = (out / "unreadable.tsv").read_text().splitlines()
+    assert header == "filename\treason" and line.split("\t")[0].endswith(damaged.name)
+    assert sum("1 clips cannot be read so far" in note for note in notes) == 1
+    (listed,) = json.loads((out / "report.json").read_text())["unreadable_clips"]
+    assert listed.endswith(damaged.name)
+    with pytest.raises(HtsatError, match=r"1 of 16 clips cannot be read, more than the 0 that data.unreadable 0.05"):
+        train(clips_recipe("data.select=0", "data.unreadable=0.05"), root, tmp_path / "other")
+    assert not (tmp_path / "other/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_workers_change_nothing(esc, tmp_path, workers):
+    settings = ("data.select=0", "train.steps=3", "augment.mixup=waveforms")
+    for number in (0, workers):
+        train(clips_recipe(*settings, f"train.workers={number}"), esc, tmp_path / str(number))
+    assert_same(weights(tmp_path / "0"), weights(tmp_path / str(workers)))
 
 
 # ------------------------------------------------------------------ learning

@@ -5,6 +5,7 @@ nothing it does, or suffers, reaches the test. What a rank runs is ``htsat train
 ``torchrun`` would give it. A piece of source text, its *mishap*, may be run in it first.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import time
 import traceback
-from atexit import register
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,8 @@ def call(frame, event, argument):
     return line if code.co_filename in places and code.co_name in names else None
 sys.settrace(call)
 """
-#: tells after the run how many of those lines there were
-COUNT_LINES = (
-    AT_LINE.format(n=0)
-    + """
-LAST.append(lambda: open({path!r}, "w").write(str(lines[0])))
-"""
-)
+#: tells after the run how many of those lines there were; ``n`` is 0
+COUNT_LINES = AT_LINE + 'LAST.append(lambda: open({path!r}, "w").write(str(lines[0])))\n'
 #: a signal at the ``{n}``-th optimiser step
 SIGNAL_AT_STEP = """
 import os, torch
@@ -157,7 +152,7 @@ class Nursery:
 def nursery() -> Nursery:
     """Return the nursery of this test process."""
     found = Nursery()
-    register(found.close)
+    atexit.register(found.close)
     return found
 
 
@@ -206,7 +201,8 @@ def _content(path: Path) -> Any:
     """Return what a file says, bit by bit; the order of a checkpoint's metadata is the writing library's whim."""
     data = path.read_bytes()
     if path.suffix != ".safetensors":
-        return data.replace(str(path.parent).encode(), b"RUN")  # the report names the files it is about
+        # The report names the run and the files it is about.
+        return data.replace(str(path.parent).encode(), b"RUN").replace(f'"{path.parent.name}"'.encode(), b'"RUN"')
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
 
@@ -304,6 +300,7 @@ def _child(rank: int, job: dict[str, Any], port: int, outputs: tuple[int, int]) 
     last: list[Any] = []
     try:
         os.setsid()
+        atexit._clear()  # those of the nursery
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, source in enumerate((nothing, *outputs)):
             os.dup2(source, number)
@@ -329,6 +326,7 @@ def _child(rank: int, job: dict[str, Any], port: int, outputs: tuple[int, int]) 
     except BaseException:
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -59,6 +59,7 @@ class Short(StrEnum):
 
     pad = "pad"
     tile = "tile"
+    native = "native"
 
 
 class Pooling(StrEnum):
@@ -86,7 +87,7 @@ Endpoint = Annotated[str | None, typer.Option(help="Address of the model hub; al
 Offline = Annotated[bool, typer.Option("--offline", help="Never download; also HTSAT_OFFLINE=1.")]
 ShortOption = Annotated[
     Short | None,
-    typer.Option(help="Recordings under 10 s: followed by silence, or repeated.", show_default="the model's"),
+    typer.Option(help="Recordings under 10 s: followed by silence, repeated, or alone.", show_default="the model's"),
 ]
 Truncated = Annotated[bool, typer.Option("--allow-truncated", help="Use what is left of truncated recordings.")]
 

@@ -3,6 +3,7 @@
 Without ``torchrun`` everything here is a no-op for one process.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -45,13 +46,17 @@ class Ranks:
             self.local = int(os.environ.get("LOCAL_RANK", "0"))
         except ValueError as error:
             raise UsageError(f"RANK, WORLD_SIZE and LOCAL_RANK are not whole numbers ({error}); use torchrun") from None
-        self._joined = False
         if self.world > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.local % torch.cuda.device_count())  # what is gathered goes through it
             # Minutes, not the default half hour: when one process dies, the others must not wait for it for long.
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=10)
             )
-            self._joined = True
+            # The processes stay together for all runs of this one (folds, seeds), to its end. Left any earlier, what is
+            # left of DDP after an error would be the last to hold the group: it then waits for the group's thread,
+            # which waits for Python, which waits for it (PyTorch 2.13).
+            atexit.register(dist.destroy_process_group)
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 end_with_parent(signal.SIGTERM)  # a killed torchrun leaves its processes behind; they save and end
 
@@ -59,12 +64,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
-
-    def leave(self) -> None:
-        """Leave the other processes."""
-        if self._joined:
-            dist.destroy_process_group()
-            self._joined = False
 
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
         """Return the network with gradients averaged over the processes."""

@@ -44,6 +44,7 @@ from htsat.training.examples import (
 )
 from htsat.training.folds import figures
 from htsat.training.journal import Journal
+from htsat.training.memory import keep_freed_memory
 from htsat.training.optim import (
     clip_loss,
     distillation_loss,
@@ -201,7 +202,9 @@ def train(
         HtsatError: too many losses or gradients in a row are not finite; the weights are those before them.
         TerminatedError: SIGTERM or SIGINT; the state is saved.
     """
+    keep_freed_memory()
     ranks = Ranks()
+    resume = ranks.from_first(resume)  # a process that looked at the folder later may have found more in it
     folder = RunFolder(out)
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     try:
@@ -241,7 +244,6 @@ def train(
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
-        ranks.leave()
 
 
 def _worker_ended(error: RuntimeError) -> HtsatError:

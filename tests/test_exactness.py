@@ -63,6 +63,7 @@ THOROUGH = [
 
 
 def check_kill(data, whole, tmp_path, precision, workers, world, ranks, step, after):
+    precision = (*precision, "train.batch_size=6") if world == 3 else precision
     reference = whole(*precision, world=world)
     out = tmp_path / "run"
     mishap = AT_STEP.format(n=step, after=after)

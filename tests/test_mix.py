@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from htsat.config import from_dict
 from htsat.data.augment import random_equaliser, spec_masks
-from htsat.data.mix import MixConfig, SceneMixer, Source, coloured_noise, faded, token_targets
+from htsat.data.mix import MixConfig, SceneMixer, Source, at_speed, coloured_noise, faded, token_targets
 from htsat.errors import ConfigError
 from htsat.events import Event
 from htsat.training.material import loud_part, turned, utterances
@@ -417,3 +417,11 @@ def test_spec_masks_of_no_masks_and_of_small_clips():
     assert not masked(max_frames=0, max_mels=0).any()
     wide = masked(shape=(64, 5, 4), max_frames=24, max_mels=8)  # masks wider than the clip
     assert wide.any() and not wide.all()
+
+
+@pytest.mark.parametrize(("length", "speed"), [(23, 0.7333333333333333), (2, 1.0), (1000, 1.15), (1000, 0.85)])
+def test_speed_is_linear_interpolation(length, speed):
+    """Also where rounding puts the last place behind the last but one sample."""
+    waveform = np.random.default_rng(2).standard_normal(length).astype(np.float32)
+    places = np.arange(0, length - 1, speed)
+    np.testing.assert_allclose(at_speed(waveform, speed), np.interp(places, np.arange(length), waveform), atol=1e-5)

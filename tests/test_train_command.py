@@ -90,10 +90,10 @@ def test_show_prints_the_resolved_recipe(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["esc5"], 1, "esc5: neither a shipped recipe"),
-        (["esc5"], 1, "did you mean 'esc50'?"),
-        (["esc50", "--set", "train.step=5"], 1, "unknown key 'step'; did you mean 'steps'?"),
-        (["esc50", "--set", "train.steps"], 1, "--set train.steps: expected section.key=value"),
+        (["esc5"], 2, "esc5: neither a shipped recipe"),
+        (["esc5"], 2, "did you mean 'esc50'?"),
+        (["esc50", "--set", "train.step=5"], 2, "unknown key 'step'; did you mean 'steps'?"),
+        (["esc50", "--set", "train.steps"], 2, "--set train.steps: expected section.key=value"),
         (["esc50", "--folds", "1,x"], 2, "--folds 1,x: expected whole numbers such as 1,2,3"),
         (["esc50", "--folds", ""], 2, "--folds : expected whole numbers"),
         (["esc50", "--folds", "1,1"], 2, "--folds 1,1: expected different numbers, none below 0"),

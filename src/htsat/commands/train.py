@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from htsat.commands.console import Progress, tell
-from htsat.errors import UsageError
+from htsat.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from htsat.training.loop import Step
@@ -74,7 +74,10 @@ def train(
     from htsat.training.recipe import load_recipe, recipe_json
 
     overrides = [*(set_ or []), *([f"start.model={json.dumps(start)}"] if start else [])]
-    settings = load_recipe(recipe, overrides, published=published)
+    try:
+        settings = load_recipe(recipe, overrides, published=published)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
     if show:
         print(recipe_json(settings), end="")
         return

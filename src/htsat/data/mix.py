@@ -206,10 +206,11 @@ class SceneMixer:
 def at_speed(waveform: Waveform, speed: float) -> Waveform:
     """Return a waveform played ``speed`` times as fast, by linear interpolation: pitch and length follow."""
     places = np.arange(0, len(waveform) - 1, speed)
-    before = places.astype(np.int64)
+    before = np.minimum(places.astype(np.int64), len(waveform) - 2)  # arange may overshoot by a rounding error
     share = (places - before).astype(np.float32)
     here: Waveform = waveform[before]
-    return here + share * (waveform[before + 1] - here)
+    faster: Waveform = here + share * (waveform[before + 1] - here)
+    return faster
 
 
 def coloured_noise(rng: np.random.Generator, length: int, exponent: float) -> Waveform:

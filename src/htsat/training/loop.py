@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -406,7 +407,8 @@ class _Run:
         return DataLoader(
             _Positions(self.data.train),
             batch_sampler=_Once(plan),
-            num_workers=config.workers,
+            # More than there are cores only get into each other's way; what they make is the same.
+            num_workers=min(config.workers, os.cpu_count() or 1),
             worker_init_fn=begin_worker,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",

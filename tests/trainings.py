@@ -35,19 +35,21 @@ SMALL = (
     "train.keep_best=2", "train.patience=4", "train.save_steps=3",
 )  # fmt: skip
 
-#: kills at the ``{n}``-th optimiser step, before or after the weights have moved
+#: kills at the ``{n}``-th step, right before or after the weights move (or do not: half precision may overflow)
 AT_STEP = """
 import os, signal, torch
-plain, calls = torch.optim.AdamW.step, [0]
-def step(self, *args, **kwargs):
-    calls[0] += 1
-    if calls[0] == {n} and not {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    found = plain(self, *args, **kwargs)
-    if calls[0] == {n}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-torch.optim.AdamW.step = step
+calls = [0]
+def dying(plain):
+    def call(*arguments, **settings):
+        calls[0] += 1
+        if calls[0] == {n}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments, **settings)
+    return call
+if {after}:
+    torch.amp.GradScaler.update = dying(torch.amp.GradScaler.update)
+else:
+    torch.nn.utils.clip_grad_norm_ = dying(torch.nn.utils.clip_grad_norm_)
 """
 #: kills before the ``{n}``-th line that writes the files of a run: states, candidates, logs, the result. Python's
 #: lines are fine enough: none of them makes two system calls that change a file.

@@ -1,6 +1,7 @@
 """``htsat train``: a model from a recipe and labelled recordings."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,9 +86,10 @@ def train(
     try:
         if folds is None and seeds is None:
             path = _train_one(settings, data, target, resume)
-            _report(target, as_json)
-            print(path)
-            tell(f"done; try it: htsat tag --model {path} RECORDING")
+            if _is_first():
+                _report(target, as_json)
+                print(path)
+                tell(f"done; try it: htsat tag --model {path} RECORDING")
             return
         chosen_seeds = [settings.train.seed] if seeds is None else _numbers(seeds, "--seeds")
         summary = cross_validate(
@@ -98,12 +100,18 @@ def train(
             chosen_seeds,
             resume=resume,
             run=lambda one, folder, again: _train_one(one, data, folder, again),
-            on_note=tell,
+            on_note=tell if _is_first() else lambda line: None,
         )
     except TerminatedError as error:
         tell(str(error))
         raise typer.Exit(128 + error.signal) from None
-    _show_summary(summary, as_json)
+    if _is_first():
+        _show_summary(summary, as_json)
+
+
+def _is_first() -> bool:
+    """Say whether this is the only process of a run, or the first: the others keep silent."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -131,6 +139,8 @@ def _train_one(recipe: "Recipe", data: Path, out: Path, resume: bool) -> Path:
             progress.clear()
             tell(line)
 
+        if not _is_first():
+            return run_training(recipe, data, out, resume=resume)
         return run_training(
             recipe, data, out, resume=resume, on_step=on_step, on_progress=progress.update, on_note=on_note
         )

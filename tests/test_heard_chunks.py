@@ -70,3 +70,17 @@ def test_parts_that_the_model_does_not_take_are_refused():
         dataclasses.replace(CONFIG, inference=InferenceConfig(chunk_part=3, hop_seconds=1.0))
     with pytest.raises(ConfigError, match=r"hop_seconds 5 leaves gaps between chunks of 2.5 s"):
         dataclasses.replace(CONFIG, inference=InferenceConfig(chunk_part=4, hop_seconds=5.0))
+
+
+def test_framewise_posteriors_of_exactly_one_label_add_up_to_one(predictor):
+    before = predictor.config
+    predictor.config = dataclasses.replace(before, objective="single_label", framewise="softmax")
+    try:
+        waveform = sound(2.5)
+        prediction = predictor.predict((waveform, 8000), spectrogram=False)
+    finally:
+        predictor.config = before
+    np.testing.assert_allclose(prediction.framewise_posteriors.sum(1), 1, atol=1e-6)
+    with torch.inference_mode():
+        logits = predictor.model(torch.from_numpy(waveform)[None], "native").framewise_logits[0]
+    np.testing.assert_allclose(prediction.framewise_posteriors, logits.softmax(1).numpy(), atol=1e-6)

@@ -313,7 +313,7 @@ def info(
     print(f"time step    {config.token_seconds:g} s, {config.num_tokens} in {config.model.chunk_seconds:g} s")
     print(f"labels       {', '.join(config.labels) or 'none: an encoder that gives embeddings'}")
     sections = to_dict(config)
-    for section in ("frontend", "model", "objective", "decoding", "inference", "provenance"):
+    for section in ("frontend", "model", "objective", "framewise", "decoding", "inference", "provenance"):
         values = sections[section]
         if isinstance(values, dict):
             print(section)

@@ -294,8 +294,10 @@ class CheckpointConfig:
     labels: tuple[str, ...] = ()
     """One per class; empty for an encoder without classes."""
     objective: Literal["multi_label", "single_label"] = "multi_label"
-    """Clip posteriors are sigmoid (several labels at once) or softmax (exactly one) of the clip logits; framewise
-    posteriors are always sigmoid, as published."""
+    """Clip posteriors are sigmoid (several labels at once) or softmax (exactly one) of the clip logits."""
+    framewise: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What framewise posteriors are of the token logits. ``sigmoid`` as published, also for models of exactly one
+    label, whose logits mean nothing one by one; ``softmax`` for those that we train."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     provenance: dict[str, Any] = field(default_factory=dict)

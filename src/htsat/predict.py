@@ -236,7 +236,7 @@ class Predictor:
                     embeddings.append(embedding)
                     for chunk, logits in zip(batch, frame_logits, strict=True):
                         rest = np.zeros((tokens_per_chunk - len(logits), len(self.labels)), np.float32)
-                        stitcher.add(chunk.start_token, np.concatenate([sigmoid(logits), rest]))
+                        stitcher.add(chunk.start_token, np.concatenate([frame_posteriors(logits, config), rest]))
                         lengths.append(chunk.length)
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
@@ -298,6 +298,11 @@ def sigmoid(logits: Array) -> Array:
     """Return posteriors in [0, 1] of logits of any shape, without overflow; the small ones keep all their digits."""
     small = np.exp(-np.abs(logits))
     return np.asarray(np.where(logits >= 0, 1, small) / (1 + small), dtype=np.float32)
+
+
+def frame_posteriors(logits: Array, config: CheckpointConfig) -> Array:
+    """Return framewise posteriors of token logits (..., num_classes), as the checkpoint says."""
+    return softmax(logits) if config.framewise == "softmax" else sigmoid(logits)
 
 
 def softmax(logits: Array) -> Array:

@@ -29,7 +29,7 @@ from htsat.errors import AudioError, DataError, UsageError
 from htsat.events import Event
 from htsat.model.htsat import FITS, HTSAT, IN_TIME, Fit
 from htsat.model.runtime import TorchBackend
-from htsat.predict import Backend, sigmoid, softmax
+from htsat.predict import Backend, frame_posteriors, sigmoid, softmax
 
 Array = NDArray[np.float32]
 Ensemble = Literal["mean", "logits"]
@@ -255,7 +255,7 @@ class _Member:
                 answers.setdefault((number, shift), []).append((logits, chunk.length))
                 if stitchers and not shift:
                     rest = np.zeros((config.heard_tokens - len(frames), len(config.labels)), np.float32)
-                    stitchers[number].add(chunk.start_token, np.concatenate([sigmoid(frames), rest]))
+                    stitchers[number].add(chunk.start_token, np.concatenate([frame_posteriors(frames, config), rest]))
         results = []
         for number, waveform in enumerate(waveforms):
             shifted = [self._pooled(answers[number, shift]) for shift in range(len(offsets))]

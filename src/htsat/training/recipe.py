@@ -345,6 +345,7 @@ class Recipe:
             self.model,
             labels=self.data.labels,
             objective="single_label" if self.train.loss == "ce" else "multi_label",
+            framewise="softmax" if self.train.loss == "ce" else "sigmoid",
             decoding=self.decoding,
             inference=self.inference,
             provenance=provenance,

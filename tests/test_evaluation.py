@@ -23,7 +23,6 @@ from htsat.evaluation.listen import (
     posteriors,
     shard,
     shift_offsets,
-    to_posteriors,
     waveform_posteriors,
 )
 from htsat.evaluation.report import html, link, table, to_json
@@ -31,6 +30,7 @@ from htsat.evaluation.scores import _Resampled, match_labels, reference_matrix, 
 from htsat.events import Event
 from htsat.metrics import tagging
 from htsat.metrics.detection import event_based, intersection_based, segment_based
+from htsat.predict import to_posteriors
 
 
 def cases(count, seed=0):

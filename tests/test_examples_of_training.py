@@ -31,7 +31,7 @@ from htsat.training.examples import (
     saved_logits,
     with_length,
 )
-from htsat.training.loop import _Once, _Positions, collate
+from htsat.training.loop import _Positions, collate
 from htsat.training.recipe import load_recipe
 
 LABELS = ("bell", "dog", "rain")
@@ -303,7 +303,7 @@ def test_workers_make_the_same_examples(folder, context, workers):
     plan = [[0, 1, 7], [2, 39], [3], [5, 4]]
     loader = DataLoader(
         _Positions(examples),
-        batch_sampler=_Once(iter(plan)),
+        batch_sampler=iter(plan),
         num_workers=workers,
         multiprocessing_context=context,
         collate_fn=collate,

@@ -12,41 +12,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "htsat"
 #: them; ``fetch`` brings one address to one file; ``formats`` is words and text and knows no sound; ``plot`` draws what
 #: it is given, with the mel filters of ``audio``, and knows no network.
 ORDER = (
-    *(
-        "errors",
-        "files",
-        "fetch",
-        "config",
-        "labels",
-        "events",
-        "grid",
-        "formats",
-        "audio",
-        "plot",
-        "model",
-        "detection",
-    ),
-    *("metrics", "predict", "data", "evaluation", "training", "apps", "commands", "cli"),
-)
+    "errors", "files", "fetch", "config", "labels", "events", "grid", "formats", "audio", "plot", "model", "detection",
+    "metrics", "predict", "data", "evaluation", "training", "apps", "commands", "cli",
+)  # fmt: skip
 #: the lazy front door, and the command's other name
 DOORS = ("__init__", "__main__")
-WITHOUT_TORCH = (
-    *(
-        "errors",
-        "files",
-        "fetch",
-        "config",
-        "labels",
-        "events",
-        "grid",
-        "formats",
-        "audio",
-        "plot",
-        "detection",
-        "metrics",
-    ),
-    *("predict", "commands", "cli", *DOORS),
-)
+WITH_TORCH = ("model", "data", "evaluation", "training", "apps")
+WITHOUT_TORCH = (*(room for room in ORDER if room not in WITH_TORCH), *DOORS)
 #: what may be printed from or end the process
 SPEAKERS = ("cli", "apps", "commands")
 MODULES = sorted(SOURCE.rglob("*.py"))

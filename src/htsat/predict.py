@@ -8,7 +8,7 @@ network works; memory is bounded but for the framewise posteriors themselves.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -207,7 +207,6 @@ class Predictor:
         config = self.config
         rate, chunk_samples = config.frontend.sample_rate, config.heard_samples
         tokens_per_chunk = config.heard_tokens
-        hop_tokens = min(tokens_per_chunk, max(1, round(config.inference.hop_seconds / config.token_seconds)))
         overview = SpectrogramOverview(rate) if spectrogram else None
         num_samples = 0
 
@@ -224,19 +223,19 @@ class Predictor:
 
             stitcher = Stitcher(len(self.labels), tokens_per_chunk)
             clipwise, embeddings, lengths = [], [], []
-            short: Literal["pad", "tile"] = "tile" if config.inference.short == "tile" else "pad"
-            chunks = chunk_stream(blocks(), chunk_samples, tokens_per_chunk, hop_tokens, short)
             # The next batch is made while the network works on this one. Closed before the reader is, whatever
             # happens: a decoder must not be freed under the thread that decodes.
-            made_ahead = cast(Generator[Chunk, None, None], prefetch(chunks, depth=self._batch_size + 1))
+            made_ahead = cast(
+                Generator[Chunk, None, None], prefetch(heard_chunks(blocks(), config), depth=self._batch_size + 1)
+            )
             with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
-                    clip_logits, frame_logits, embedding = self._run(self._samples(batch))
-                    clipwise.append(self._clip_posteriors(clip_logits))
+                    samples = np.stack([chunk.samples for chunk in batch])
+                    clip_logits, frame_logits, embedding = run_backend(self._backend, samples, self._batch_size)
+                    clipwise.append(to_posteriors(clip_logits, config.objective))
                     embeddings.append(embedding)
                     for chunk, logits in zip(batch, frame_logits, strict=True):
-                        rest = np.zeros((tokens_per_chunk - len(logits), len(self.labels)), np.float32)
-                        stitcher.add(chunk.start_token, np.concatenate([frame_posteriors(logits, config), rest]))
+                        stitcher.add(chunk.start_token, frame_posteriors(logits, config))
                         lengths.append(chunk.length)
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
@@ -250,10 +249,7 @@ class Predictor:
         weights = np.asarray(lengths, dtype=np.float64)
         framewise = stitcher.finish(num_tokens(num_samples, chunk_samples, tokens_per_chunk))
         clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
-        # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
-        boundaries = np.arange(len(framewise) + 1, dtype=np.float64) * (chunk_samples / (tokens_per_chunk * rate))
-        boundaries[-1] = duration
-        grid = FrameGrid(boundaries)
+        grid = FrameGrid(frame_boundaries(len(framewise), duration, config))
         order = np.argsort(-clip, kind="stable")
         drawn = None
         if overview is not None:
@@ -271,27 +267,49 @@ class Predictor:
             overview=drawn,
         )
 
-    def _samples(self, batch: list[Chunk]) -> Array:
-        """Return the samples of chunks; of a recording heard at native size only as many as that takes."""
-        samples = np.stack([chunk.samples for chunk in batch])
-        if self.config.inference.short != "native" or len(batch) > 1 or batch[0].start_token:
-            return samples
-        return samples[:, : self.config.native_samples(batch[0].length)]
 
-    def _run(self, chunks: Array) -> tuple[Array, Array, Array]:
-        """Run the network; see ``Backend``."""
-        try:
-            return self._backend(chunks)
-        except RuntimeError as error:
-            # PyTorch has a class of its own for this on GPUs only.
-            text = str(error).lower()
-            if "out of memory" in text or "allocate memory" in text:
-                raise MemoryError(f"no memory for a batch of {self._batch_size}") from error
-            raise
+def heard_chunks(blocks: Iterable[Array], config: CheckpointConfig) -> Iterator[Chunk]:
+    """Cut a stream of samples into the chunks that a model hears; see ``htsat.audio.chunk``.
 
-    def _clip_posteriors(self, logits: Array) -> Array:
-        """Return posteriors of logits (..., num_classes): each class for itself, or all adding up to 1."""
-        return softmax(logits) if self.config.objective == "single_label" else sigmoid(logits)
+    Of a recording heard at native size there is one, with as many samples as that takes.
+    """
+    inference = config.inference
+    hop_tokens = min(config.heard_tokens, max(1, round(inference.hop_seconds / config.token_seconds)))
+    short: Literal["pad", "tile"] = "tile" if inference.short == "tile" else "pad"
+    for chunk in chunk_stream(blocks, config.heard_samples, config.heard_tokens, hop_tokens, short):
+        if inference.short == "native" and not chunk.start_token:
+            chunk = dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
+        yield chunk
+
+
+def run_backend(backend: Backend, chunks: Array, batch_size: int) -> tuple[Array, Array, Array]:
+    """Run the network; see ``Backend``.
+
+    Raises:
+        MemoryError: the device has too little memory for a batch.
+    """
+    try:
+        return backend(chunks)
+    except RuntimeError as error:
+        # PyTorch has a class of its own for this on GPUs only.
+        text = str(error).lower()
+        if "out of memory" in text or "allocate memory" in text:
+            raise MemoryError(f"no memory for a batch of {batch_size}") from error
+        raise
+
+
+def frame_boundaries(num_frames: int, duration: float, config: CheckpointConfig) -> NDArray[np.float64]:
+    """Return the (num_frames + 1,) seconds between the frames of a recording; the last one is its end."""
+    # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
+    step = config.heard_samples / (config.heard_tokens * config.frontend.sample_rate)
+    boundaries = np.arange(num_frames + 1, dtype=np.float64) * step
+    boundaries[-1] = duration
+    return boundaries
+
+
+def to_posteriors(logits: Array, objective: str) -> Array:
+    """Return clip posteriors of clip logits (..., num_classes): each class for itself, or all adding up to 1."""
+    return softmax(logits) if objective == "single_label" else sigmoid(logits)
 
 
 def sigmoid(logits: Array) -> Array:
@@ -301,8 +319,17 @@ def sigmoid(logits: Array) -> Array:
 
 
 def frame_posteriors(logits: Array, config: CheckpointConfig) -> Array:
-    """Return framewise posteriors of token logits (..., num_classes), as the checkpoint says."""
-    return softmax(logits) if config.framewise == "softmax" else sigmoid(logits)
+    """Return framewise posteriors of the token logits of a chunk, as the checkpoint says.
+
+    Args:
+        logits: (num_tokens, num_classes), fewer tokens than a chunk has if it was heard at native size.
+        config: of the model.
+
+    Returns:
+        (config.heard_tokens, num_classes), 0 behind those tokens.
+    """
+    known = softmax(logits) if config.framewise == "softmax" else sigmoid(logits)
+    return np.concatenate([known, np.zeros((config.heard_tokens - len(known), known.shape[1]), np.float32)])
 
 
 def softmax(logits: Array) -> Array:

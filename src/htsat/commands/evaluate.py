@@ -87,9 +87,10 @@ def evaluate(
             _check_target(path)
     data, part = _open(Path(folder), corpus, split, fold or [])
 
+    from htsat.data.clips import clip_name
     from htsat.data.reading import ClipReader
     from htsat.evaluation.evaluate import has_events, identify, summarise
-    from htsat.evaluation.listen import Listening, clip_name, posteriors
+    from htsat.evaluation.listen import Listening, posteriors
     from htsat.evaluation.report import html, table, to_json
     from htsat.evaluation.scores import match_labels
     from htsat.files import write_atomic

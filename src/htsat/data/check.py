@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from htsat.audio.decode import AudioReader, open_audio
-from htsat.data.clips import part_order, some
+from htsat.data.clips import clip_name, part_order, some
 from htsat.data.corpora import ROUNDING, Clip, Corpus, balance, leaks, part_of
 from htsat.data.reading import HDF5_SAMPLE_RATE, SHARD_SUFFIX, ClipReader, open_hdf5, open_index
 from htsat.errors import DataError, HtsatError, nearest
@@ -185,12 +185,6 @@ def check_corpus(corpus: Corpus, *, decode: bool = True, jobs: int = 1, on_clips
     )
 
 
-def clip_name(corpus: Corpus, clip: Clip) -> str:
-    """Return what messages call a clip: its path below the corpus' folder, and its row in a packed file."""
-    path = clip.path.relative_to(corpus.folder) if clip.path.is_relative_to(corpus.folder) else clip.path
-    return path.as_posix() + (f" row {clip.index}" if clip.index is not None else "")
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -275,7 +269,7 @@ class _Findings:
         return self.problems, told + self.warnings
 
     def _note(self, into: list[Finding], kind: FindingKind, what: str, *clips: Clip) -> None:
-        names = tuple(clip_name(self.corpus, clip) for clip in clips)
+        names = tuple(clip_name(clip, self.corpus.folder) for clip in clips)
         into.append(Finding(kind, f"{names[0]}: {what}" if len(names) == 1 else what, names))
 
     def _recordings(self) -> None:
@@ -349,7 +343,7 @@ class _Findings:
             distinct = list({(clip.path, clip.index): clip for clip in clips}.values())
             if len(distinct) < 2:
                 continue
-            names = some([clip_name(self.corpus, clip) for clip in distinct])
+            names = some([clip_name(clip, self.corpus.folder) for clip in distinct])
             parts = {part_of(clip) for clip in distinct if clip.split is not None or len(clip.folds) == 1}
             labels = {tuple(sorted(clip.labels)) for clip in distinct if clip.labels}
             if len(parts) > 1:
@@ -365,6 +359,6 @@ class _Findings:
         if self.corpus.name in _GUESSED_GROUPS:
             return
         for leak in leaks(self.corpus):
-            names = some([clip_name(self.corpus, clip) for clip in leak.clips])
+            names = some([clip_name(clip, self.corpus.folder) for clip in leak.clips])
             what = f"{' and '.join(leak.parts)} share the source or speaker {leak.group}: {names}"
             self._note(self.problems, "leak", what, *leak.clips)

@@ -103,6 +103,14 @@ def part_of(clip: Clip) -> str:
     return ("fold " if len(clip.folds) == 1 else "folds ") + ", ".join(map(str, sorted(clip.folds)))
 
 
+def clip_name(clip: Clip, folder: Path | None = None) -> str:
+    """Return what messages call a clip: its path, below ``folder`` if it lies there, and its row in a packed file."""
+    path = clip.path
+    if folder is not None and path.is_relative_to(folder):
+        path = path.relative_to(folder)
+    return str(path) if clip.index is None else f"{path} row {clip.index}"
+
+
 def find_leaks(clips: Iterable[Clip]) -> list[Leak]:
     """Return the groups that two splits or folds share, by name. A mixture of several folds counts for none."""
     groups: dict[str, list[Clip]] = defaultdict(list)

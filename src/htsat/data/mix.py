@@ -136,10 +136,7 @@ class SceneMixer:
         if rng.random() < 0.3:
             noise = coloured_noise(rng, self._length, exponent=rng.uniform(0.0, 2.0))
         else:
-            recording = self.backgrounds[rng.integers(len(self.backgrounds))]
-            start = rng.integers(max(1, len(recording) - self._length))
-            noise = recording[start : start + self._length]
-            noise = np.pad(noise, (0, self._length - len(noise)))
+            noise = cut_background(rng, self.backgrounds, self._length)
         normalised: Waveform = noise / (np.sqrt(np.mean(noise**2)) + 1e-9)
         return normalised
 
@@ -211,6 +208,14 @@ def at_speed(waveform: Waveform, speed: float) -> Waveform:
     here: Waveform = waveform[before]
     faster: Waveform = here + share * (waveform[before + 1] - here)
     return faster
+
+
+def cut_background(rng: np.random.Generator, recordings: Sequence[Waveform], length: int) -> Waveform:
+    """Return a random stretch of one of the recordings, (length,); silence follows a shorter recording."""
+    recording = recordings[int(rng.integers(len(recordings)))]
+    start = int(rng.integers(max(1, len(recording) - length)))
+    stretch = recording[start : start + length]
+    return np.pad(stretch, (0, length - len(stretch)))
 
 
 def coloured_noise(rng: np.random.Generator, length: int, exponent: float) -> Waveform:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from htsat.config import CheckpointConfig
-from htsat.data.corpora import Clip, Corpus
+from htsat.data.clips import Clip, Corpus, clip_name
 from htsat.errors import CheckpointError, DataError, UsageError, nearest
-from htsat.evaluation.listen import Heard, Listening, clip_name
+from htsat.evaluation.listen import Heard, Listening
 from htsat.evaluation.scores import (
     DetectionReport,
     TaggingScores,

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from htsat.audio.chunk import Chunk, Stitcher, chunk_stream, num_tokens, pool_chunks
+from htsat.audio.chunk import Chunk, Stitcher, num_tokens, pool_chunks
 from htsat.audio.resample import prefetch
 from htsat.config import CheckpointConfig
-from htsat.data.corpora import Clip
+from htsat.data.clips import Clip, clip_name
 from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, DataError, UsageError
 from htsat.events import Event
 from htsat.model.htsat import FITS, HTSAT, IN_TIME, Fit
 from htsat.model.runtime import TorchBackend
-from htsat.predict import Backend, frame_posteriors, sigmoid, softmax
+from htsat.predict import Backend, frame_boundaries, frame_posteriors, heard_chunks, run_backend, to_posteriors
 
 Array = NDArray[np.float32]
 Ensemble = Literal["mean", "logits"]
@@ -93,11 +93,6 @@ class Heard:
     events: tuple[Event, ...] | None = None
     duration: float = 0.0
     failure: str | None = None
-
-
-def clip_name(clip: Clip) -> str:
-    """Return what messages call a clip: its file, and the row of a packed one."""
-    return str(clip.path) if clip.index is None else f"{clip.path} row {clip.index}"
 
 
 def shift_offsets(shifts: int) -> tuple[int, ...]:
@@ -250,12 +245,13 @@ class _Member:
             for chunk in self._chunks(np.roll(waveform, -offset) if offset else waveform)
         )
         for batch in self._batches(tasks):
-            clip_logits, frame_logits, _ = self._run(np.stack([chunk.samples for _, _, chunk in batch]))
+            clip_logits, frame_logits, _ = run_backend(
+                self._backend, np.stack([chunk.samples for _, _, chunk in batch]), len(batch)
+            )
             for (number, shift, chunk), logits, frames in zip(batch, clip_logits, frame_logits, strict=True):
                 answers.setdefault((number, shift), []).append((logits, chunk.length))
                 if stitchers and not shift:
-                    rest = np.zeros((config.heard_tokens - len(frames), len(config.labels)), np.float32)
-                    stitchers[number].add(chunk.start_token, np.concatenate([frame_posteriors(frames, config), rest]))
+                    stitchers[number].add(chunk.start_token, frame_posteriors(frames, config))
         results = []
         for number, waveform in enumerate(waveforms):
             shifted = [self._pooled(answers[number, shift]) for shift in range(len(offsets))]
@@ -266,42 +262,18 @@ class _Member:
             results.append((_mean(shifted)[self.columns], framewise))
         return results
 
-    def boundaries(self, num_frames: int, duration: float) -> NDArray[np.float64]:
-        """Return the (num_frames + 1,) seconds between the frames of a clip."""
-        step = self.config.heard_samples / (self.config.heard_tokens * self.config.frontend.sample_rate)
-        boundaries = np.arange(num_frames + 1, dtype=np.float64) * step
-        boundaries[-1] = duration
-        return boundaries
-
     def _chunks(self, waveform: Array) -> Iterator[Chunk]:
         """Cut a waveform as ``Predictor`` does."""
-        config = self.config
-        if self._stretches and len(waveform) < config.chunk_samples:
+        if self._stretches and len(waveform) < self.config.chunk_samples:
             yield Chunk(waveform, 0, 0, len(waveform))
-            return
-        hop = min(config.heard_tokens, max(1, round(config.inference.hop_seconds / config.token_seconds)))
-        short: Literal["pad", "tile"] = "tile" if config.inference.short == "tile" else "pad"
-        chunks = chunk_stream([waveform], config.heard_samples, config.heard_tokens, hop, short)
-        if config.inference.short == "native" and len(waveform) <= config.heard_samples:
-            for chunk in chunks:
-                yield dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
         else:
-            yield from chunks
+            yield from heard_chunks([waveform], self.config)
 
     def _batches(self, tasks: Iterator[tuple[int, int, Chunk]]) -> Iterator[list[tuple[int, int, Chunk]]]:
         """Put consecutive chunks of the same length together."""
         for _, same in itertools.groupby(tasks, key=lambda task: len(task[2].samples)):
             while batch := list(itertools.islice(same, self._batch_size)):
                 yield batch
-
-    def _run(self, chunks: Array) -> tuple[Array, Array, Array]:
-        try:
-            return self._backend(chunks)
-        except RuntimeError as error:
-            text = str(error).lower()
-            if "out of memory" in text or "allocate memory" in text:
-                raise MemoryError(f"no memory for a batch of {len(chunks)}") from error
-            raise
 
     def _pooled(self, answers: Sequence[tuple[Array, int]]) -> Array:
         """Pool the answers for the chunks of a clip: posteriors, or logits where those are to be averaged."""
@@ -310,11 +282,6 @@ class _Member:
             values = to_posteriors(values, self.config.objective)
         weights = np.asarray([length for _, length in answers], dtype=np.float64)
         return pool_chunks(values, weights, self.config.inference.clip_pooling)
-
-
-def to_posteriors(logits: Array, objective: str) -> Array:
-    """Return clip posteriors of clip logits: each class for itself, or all adding up to 1."""
-    return softmax(logits) if objective == "single_label" else sigmoid(logits)
 
 
 def _mean(values: Sequence[Array]) -> Array:
@@ -363,7 +330,7 @@ def _listen(models: Sequence[HTSAT], sources: Iterable[Source], listening: Liste
                 events = None
                 if frames:
                     framewise = _mean(frames)
-                    boundaries = members[0].boundaries(len(framewise), duration)
+                    boundaries = frame_boundaries(len(framewise), duration, first)
                     events = tuple(decode_events(framewise, boundaries, labels, first.decoding))
                 yield Heard(clip, events, duration)
     finally:

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from htsat.data.corpora import Clip
+from htsat.data.clips import Clip, clip_name
 from htsat.evaluation.evaluate import Evaluation, Mistake
-from htsat.evaluation.listen import clip_name
 from htsat.evaluation.scores import DETECTION_TITLES, TITLES, Interval
 from htsat.metrics.tagging import CalibrationCurve, precision_recall_curve
 from htsat.plot import PALETTE

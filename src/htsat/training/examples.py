@@ -17,13 +17,13 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from htsat.data.clips import clip_name
 from htsat.data.corpora import Clip, Corpus, open_corpus, read_esc, read_unlabelled, recognise
-from htsat.data.mix import at_speed, coloured_noise, token_targets
+from htsat.data.mix import at_speed, coloured_noise, cut_background, token_targets
 from htsat.data.reading import ClipReader
 from htsat.data.shards import ShardClips, open_shards, targets
 from htsat.data.split import split_clips, with_groups
 from htsat.errors import AudioError, DataError, UsageError
-from htsat.evaluation.listen import clip_name
 from htsat.events import Event
 from htsat.training.material import Material, load_material, training_scene, turned
 from htsat.training.order import CLIP, PARTNER, balanced_order, epoch_order
@@ -157,9 +157,7 @@ class ClipExamples:
             frames = None if frames is None or second_frames is None else np.maximum(frames, second_frames)
             name += f" + {clip_name(clip)}"
         if self._backgrounds and rng.random() < augment.background_share:
-            recording = self._backgrounds[rng.integers(len(self._backgrounds))]
-            start = int(rng.integers(max(1, len(recording) - len(waveform))))
-            waveform = self._with_noise(waveform, recording[start : start + len(waveform)], rng)
+            waveform = self._with_noise(waveform, cut_background(rng, self._backgrounds, len(waveform)), rng)
         if rng.random() < augment.noise_share:
             noise = coloured_noise(rng, len(waveform), exponent=float(rng.uniform(0, 2)))
             waveform = self._with_noise(waveform, noise, rng)
@@ -197,13 +195,10 @@ class ClipExamples:
             speed = float(np.exp(rng.uniform(-1, 1) * np.log1p(augment.speed)))
             waveform = at_speed(waveform, speed)
             events = moved(events, 0.0, 1 / speed, math.inf)
-        if len(waveform) > length:
-            start = int(rng.integers(len(waveform) - length + 1))
-            waveform = waveform[start : start + length]
-            events = moved(events, -start / rate, 1.0, length / rate)
-        elif len(waveform) < length:
-            waveform = np.pad(waveform, (0, length - len(waveform)))
-        events = moved(events, 0.0, 1.0, length / rate)
+        start = int(rng.integers(len(waveform) - length + 1)) if len(waveform) > length else 0
+        waveform = waveform[start : start + length]
+        waveform = np.pad(waveform, (0, length - len(waveform)))
+        events = moved(events, -start / rate, 1.0, length / rate)
         if augment.shift_seconds:
             shift = round(float(rng.uniform(-augment.shift_seconds, augment.shift_seconds)) * rate)
             kept = waveform[max(0, -shift) : length - max(0, shift)]
@@ -228,9 +223,8 @@ class ClipExamples:
         return token_targets(events, self._recipe.data.labels, self._num_tokens, self._token_seconds)
 
     def _with_noise(self, waveform: Waveform, noise: Waveform, rng: np.random.Generator) -> Waveform:
-        """Add noise, followed by silence if it is shorter, at a random level below the waveform's."""
+        """Add noise of the same length at a random level below the waveform's."""
         augment = self._recipe.augment
-        noise = np.pad(noise, (0, len(waveform) - len(noise)))
         snr = rng.uniform(augment.min_snr_db, augment.max_snr_db)
         gain = np.sqrt(np.mean(waveform**2) / (np.mean(noise**2) + 1e-12)) * 10 ** (-snr / 20)
         return (waveform + np.float32(gain) * noise).astype(np.float32)
@@ -305,7 +299,7 @@ class RunData:
         found = {}
         for part, clips in (("train", self.train_clips), ("selection", self.select), ("test", self.test)):
             if not isinstance(clips, ShardClips):
-                found[part] = [clip_name(clip).removeprefix(f"{self.folder}/") for clip in clips]
+                found[part] = [clip_name(clip, self.folder) for clip in clips]
         return found
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -327,7 +327,6 @@ class _Run:
         self.without_better = 0
         self.skipped = 0
         self.signal = 0
-        self.started = time.monotonic()
 
     # -------------------------------------------------------------- the loop
 
@@ -364,8 +363,8 @@ class _Run:
             if step == self.recipe.start.freeze_steps and self.recipe.start.freeze_steps:
                 network = self._network(step)
             began = time.monotonic()
-            loss, norm, finite = self._step(network, batches, step)
             rate = learning_rate(step, self.config, self.steps, self.epoch_steps)
+            loss, norm, finite = self._step(network, batches, step, rate)
             if finite:
                 update_average(self.average, self.model, self.config.average_decay, step)
             seconds = time.monotonic() - began
@@ -406,7 +405,7 @@ class _Run:
         )
         return DataLoader(
             _Positions(self.data.train),
-            batch_sampler=_Once(plan),
+            batch_sampler=plan,
             # More than there are cores only get into each other's way; what they make is the same.
             num_workers=min(config.workers, os.cpu_count() or 1),
             worker_init_fn=begin_worker,
@@ -414,7 +413,9 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _step(self, network: nn.Module, batches: Iterator[Batch | HtsatError], step: int) -> tuple[float, float, bool]:
+    def _step(
+        self, network: nn.Module, batches: Iterator[Batch | HtsatError], step: int, rate: float
+    ) -> tuple[float, float, bool]:
         """Compute gradients and move the weights; return loss, gradient norm and whether both are finite."""
         config = self.config
         # Running statistics are moved by the forward pass, before it is known whether the step counts.
@@ -436,7 +437,7 @@ class _Run:
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             value = float(loss.detach())
             if not math.isfinite(value):
-                culprits += self._culprits(network, batch)
+                culprits += self._culprits(batch)
             total += value
         self._note_unreadable(found)
         total = self.ranks.sums([total])[0] / self.ranks.world
@@ -444,7 +445,6 @@ class _Run:
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         finite = math.isfinite(norm) and math.isfinite(total)
         if finite:
-            rate = learning_rate(step, config, self.steps, self.epoch_steps)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate * group["rate"]
             self.scaler.step(self.optimiser)
@@ -497,10 +497,7 @@ class _Run:
         config, augment, distill = self.config, self.recipe.augment, self.recipe.distill
         positions = [example.position for example in batch.examples]
         with torch.no_grad():
-            waveforms = batch.waveforms
-            if config.fit != "stretch":
-                waveforms = self.model.fit_waveform(waveforms, config.fit)
-            log_mel = self.model.frontend(waveforms)
+            log_mel = self._log_mel(batch.waveforms)
             rngs = [np.random.default_rng((config.seed, MASKS, position)) for position in positions]
             if augment.equaliser_db:
                 log_mel = random_equaliser(log_mel, rngs, augment.equaliser_db)
@@ -541,11 +538,20 @@ class _Run:
             losses = losses + timed * has_frames / has_frames.float().mean()
         return losses
 
+    def _log_mel(self, waveforms: Tensor) -> Tensor:
+        """Return the log-mel spectrograms of waveforms that are fitted to a chunk as the recipe says."""
+        if self.config.fit != "stretch":
+            waveforms = self.model.fit_waveform(waveforms, self.config.fit)
+        log_mel: Tensor = self.model.frontend(waveforms)
+        return log_mel
+
     # -------------------------------------------------------------- what goes wrong
 
-    def _culprits(self, network: nn.Module, batch: Batch) -> list[str]:
+    def _culprits(self, batch: Batch) -> list[str]:
         """Return the files whose waveform, targets, or logits when heard alone, are not finite."""
         names = []
+        # Not the network of the other processes too: they may not be calling it now.
+        alone = Network(self.average, self.num_frames)
         with torch.no_grad():
             for i, example in enumerate(batch.examples):
                 waveform = batch.waveforms[i : i + 1]
@@ -553,18 +559,11 @@ class _Run:
                 given += [] if batch.teacher is None else [batch.teacher[i]]
                 good = all(bool(torch.isfinite(tensor).all()) for tensor in given)
                 if good:
-                    fitted = (
-                        waveform if self.config.fit == "stretch" else self.model.fit_waveform(waveform, self.config.fit)
-                    )
-                    clipwise, _ = self._alone()(self.model.frontend(fitted), None, None)
+                    clipwise, _ = alone(self._log_mel(waveform), None, None)
                     good = bool(torch.isfinite(clipwise).all())
                 if not good:
                     names.append(example.name)
         return names or [example.name for example in batch.examples]
-
-    def _alone(self) -> nn.Module:
-        """Return the network without the other processes, which may not be calling it now."""
-        return Network(self.average, self.num_frames)
 
     def _skip(self, step: int, loss: float, culprits: list[str]) -> None:
         """Note a step that did not reach the weights.
@@ -646,10 +645,7 @@ class _Run:
 
     def _identity(self) -> ModelIdentity:
         path = self.folder.path / "model.safetensors"
-        return ModelIdentity(self.folder.path.name, str(path), "", self.recipe.data.labels, self._objective())
-
-    def _objective(self) -> Literal["single_label", "multi_label"]:
-        return self.recipe.checkpoint({}).objective
+        return ModelIdentity(self.folder.path.name, str(path), "", self.recipe.data.labels, self.recipe.objective)
 
     def _share_average(self) -> None:
         """Give all processes the first one's average: running statistics differ between them."""
@@ -795,16 +791,6 @@ class _Run:
                 problem = OutputError(f"{path}: cannot be saved: {error.strerror or error}; mend the disk, --resume")
         self.ranks.agree(problem)
         return path
-
-
-class _Once:
-    """A batch sampler: lists of positions, given once."""
-
-    def __init__(self, plan: Iterator[list[int]]) -> None:
-        self._plan = plan
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._plan
 
 
 def _parts(positions: Sequence[int], count: int) -> Iterator[Sequence[int]]:

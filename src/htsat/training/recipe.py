@@ -338,14 +338,19 @@ class Recipe:
         # Holds the checks that involve several sections: to fail now, not when the trained model is to be saved.
         self.checkpoint({})
 
+    @property
+    def objective(self) -> Literal["single_label", "multi_label"]:
+        """What the models of this run are for: exactly one label per clip, or several."""
+        return "single_label" if self.train.loss == "ce" else "multi_label"
+
     def checkpoint(self, provenance: dict[str, Any]) -> CheckpointConfig:
         """Return the configuration of the checkpoints of this run."""
         return CheckpointConfig(
             self.frontend,
             self.model,
             labels=self.data.labels,
-            objective="single_label" if self.train.loss == "ce" else "multi_label",
-            framewise="softmax" if self.train.loss == "ce" else "sigmoid",
+            objective=self.objective,
+            framewise="softmax" if self.objective == "single_label" else "sigmoid",
             decoding=self.decoding,
             inference=self.inference,
             provenance=provenance,

@@ -11,6 +11,7 @@ from htsat.model.convert import convert, imagenet_start
 from htsat.model.htsat import HTSAT
 from htsat.model.hub import resolve
 from htsat.model.runtime import load_model
+from htsat.training.optim import is_head
 from htsat.training.recipe import Recipe
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -55,7 +56,7 @@ def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
         own_labels = other.labels if other.config.num_classes else ()
     theirs, mine = other.state_dict(), model.state_dict()
     for name, tensor in mine.items():
-        if is_classifier(name):
+        if is_head(name):
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             found = "lacks it" if name not in theirs else f"has {list(theirs[name].shape)}"
@@ -66,7 +67,7 @@ def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
     taken = [label for label in labels if label in own_labels]
     with torch.no_grad():
         for name, tensor in mine.items():
-            if not is_classifier(name):
+            if not is_head(name):
                 tensor.copy_(theirs[name])
             elif name in theirs and theirs[name].shape[1:] == tensor.shape[1:]:
                 for label in taken:
@@ -75,11 +76,6 @@ def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
         return f"started from {source}"
     differs = "" if other.frontend_config == model.frontend_config else "; its front end has other settings"
     return f"started from {source}: {len(taken)} of {len(labels)} classes taken over{differs}"
-
-
-def is_classifier(name: str) -> bool:
-    """Say whether a tensor belongs to the classifier."""
-    return name.startswith(("token_semantic.", "head."))
 
 
 def set_frozen(model: HTSAT, beginnings: tuple[str, ...]) -> None:

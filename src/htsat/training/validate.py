@@ -39,7 +39,7 @@ def listen(
 def listening(recipe: Recipe) -> Listening:
     """Return how the clips of a run are heard when it is scored."""
     stretched = recipe.train.fit == "stretch"
-    return Listening(fit="stretch" if stretched else None, events=not stretched and recipe.train.loss != "ce")
+    return Listening(fit="stretch" if stretched else None, events=not stretched and recipe.objective == "multi_label")
 
 
 def evaluate_clips(
@@ -50,8 +50,7 @@ def evaluate_clips(
     Raises:
         DataError: not one of the clips could be read.
     """
-    objective = recipe.checkpoint({}).objective
-    corpus = Corpus(data.corpus, data.folder, recipe.data.labels, objective, tuple(clips))
+    corpus = Corpus(data.corpus, data.folder, recipe.data.labels, recipe.objective, tuple(clips))
     intervals = 1000 if part == "test" else 0
     return summarise(corpus, heard, [identity], listening(recipe), part=part, bootstrap=intervals)
 

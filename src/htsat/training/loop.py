@@ -10,10 +10,12 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -123,6 +125,14 @@ def begin_worker(number: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
+    tell = sys.excepthook
+
+    def tell_of_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Print an error that nobody caught, unless it says that the training process took no more clips."""
+        if not issubclass(kind, (ConnectionError, EOFError)):  # it closed before the thread wrote, or read
+            tell(kind, error, trace)
+
+    sys.excepthook = tell_of_others  # the thread that hands clips over calls it
 
 
 def collate(items: Sequence[Example | HtsatError]) -> Batch | HtsatError:

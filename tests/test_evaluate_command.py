@@ -10,6 +10,7 @@ from conftest import ToneBackend, tiny_config, write_checkpoint, write_sound
 import htsat.evaluation.listen
 from htsat.commands.console import tell
 from htsat.commands.evaluate import evaluate
+from htsat.config import DecodingConfig
 from htsat.errors import HtsatError, UsageError
 
 
@@ -104,8 +105,35 @@ def test_events_are_scored_by_three_metrics(run, tiny_checkpoint, tmp_path):
     # The tones begin and end with the model's time steps of 0.3125 s.
     for metric in ("intersection", "event_based", "segment_based"):
         assert detection[metric]["macro_f1"] == 1
+        assert detection[metric]["micro_f1_interval"] == [1, 1]
+    assert (detection["psds1"]["value"], detection["psds2"]["value"]) == (1, 1)
+    assert detection["psds1"]["per_class"] == {"high": 1, "low": 1}
+    assert (detection["frame_level"]["mean_average_precision"], detection["frame_level"]["mean_roc_auc"]) == (1, 1)
     code, out, err = run(tiny_checkpoint, data)
     assert "intersection-based F1" in out and "event-based F1" in out and "segment-based F1" in out
+    assert "PSDS1 (DTC = GTC = 0.7)" in out and "frame-level mean average precision" in out
+
+
+def test_operating_points_are_chosen_by_name(run, tmp_path, tiny_checkpoint, folder):
+    """The tones have posteriors of 0.9975: a threshold above that finds nothing, and PSDS does not mind."""
+    data = strong(tmp_path)
+    points = {"deaf": DecodingConfig(threshold=0.999), "balanced": DecodingConfig(threshold=0.5)}
+    model = write_checkpoint(tmp_path / "points.safetensors", tiny_config(operating_points=points))
+    for name, f1 in (("deaf", 0), ("balanced", 1)):
+        code, out, err = run(model, data, "--json", "--operating-point", name, "--bootstrap", 0)
+        assert (code, err) == (0, "")
+        result = json.loads(out)
+        assert result["events"]["operating_point"] == name
+        assert result["detection"]["event_based"]["macro_f1"] == f1 and result["detection"]["psds1"]["value"] == 1
+    assert "decoded at the operating point deaf" in run(model, data, "--operating-point", "deaf")[1]
+    for arguments, message in (
+        ((model, data, "--operating-point", "balance"), "did you mean 'balanced'"),
+        ((tiny_checkpoint, data, "--operating-point", "balanced"), "the model has none"),
+        ((model, folder, "--operating-point", "balanced"), "leave out --operating-point"),
+        ((model, data, "--operating-point", "deaf", "--decoding", "published"), "leave out the operating point"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 def test_ensembles_and_their_identity(run, tiny_checkpoint, tmp_path, folder):

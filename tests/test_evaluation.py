@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import RATE, sound, tiny_config, write_checkpoint
 
-from htsat.config import InferenceConfig
+from htsat.config import DecodingConfig, InferenceConfig
 from htsat.data.clips import Clip, Corpus
+from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, CheckpointError, DataError, UsageError
 from htsat.evaluation.evaluate import ModelIdentity, fingerprint, has_events, select, summarise
 from htsat.evaluation.listen import (
@@ -30,6 +31,8 @@ from htsat.evaluation.scores import _Resampled, match_labels, reference_matrix, 
 from htsat.events import Event
 from htsat.metrics import tagging
 from htsat.metrics.detection import event_based, intersection_based, segment_based
+from htsat.metrics.frames import frame_scores
+from htsat.metrics.psds import PSDS1, PSDS2, psds_from_scores
 from htsat.predict import to_posteriors
 
 
@@ -331,6 +334,9 @@ def test_clips_get_what_a_predictor_gives(network, tiny_checkpoint, waveforms, f
         np.testing.assert_array_equal(heard.posteriors, expected.clipwise_posteriors)
         assert list(heard.events) == expected.events
         assert (heard.duration, heard.failure) == (expected.duration, None)
+        assert heard.framewise.dtype == np.float32
+        np.testing.assert_array_equal(heard.framewise, expected.framewise_posteriors)
+        np.testing.assert_array_equal(heard.boundaries, expected.frame_boundaries)
     assert any(heard.events for heard in found)
 
 
@@ -382,13 +388,18 @@ def test_ensembles(network, tmp_path, waveforms):
     whole = waveforms[2]
     with torch.inference_mode():
         logits = [model(torch.from_numpy(whole)[None]).clipwise_logits[0].numpy() for model in (network, second)]
-    expected = to_posteriors(np.mean(logits, axis=0), "multi_label")
+    expected = to_posteriors(np.mean(logits, axis=0), network.checkpoint)
     np.testing.assert_allclose(all_posteriors([network, second], [whole], ensemble="logits")[0], expected, rtol=1e-5)
     # One model, one pass: both means are what it says.
     np.testing.assert_array_equal(all_posteriors([network], waveforms, ensemble="logits"), alone[0])
     together = list(waveform_posteriors([network, network], waveforms, Listening(events=True)))
     single_model = list(waveform_posteriors([network], waveforms, Listening(events=True)))
     assert [heard.events for heard in together] == [heard.events for heard in single_model]
+    members = [list(waveform_posteriors([m], waveforms, Listening(events=True))) for m in (network, swapped)]
+    for heard, one, other in zip(
+        waveform_posteriors([network, swapped], waveforms, Listening(events=True)), *members, strict=True
+    ):
+        np.testing.assert_allclose(heard.framewise, (one.framewise + other.framewise[:, ::-1]) / 2, rtol=1e-6)
 
 
 def test_models_that_do_not_go_together(network, tmp_path, waveforms):
@@ -449,6 +460,35 @@ def test_clips_that_cannot_be_heard_do_not_stop_the_others(network, waveforms):
     assert "c.wav: the model's answer is not a number" in heard[2].failure
     expected = all_posteriors([network], [waveforms[1], waveforms[3]])
     np.testing.assert_array_equal([heard[0].posteriors, heard[3].posteriors], expected)
+    assert all(one.framewise is None for one in heard)
+
+
+def test_framewise_posteriors_are_kept_where_events_are_known(network, waveforms):
+    found = {"a.wav": waveforms[1], "b.wav": waveforms[3], "c.wav": waveforms[0]}
+    known = ((Event("low", 0.0, 1.0),), None, ())
+    clips = [Clip(Path(name), ("low",), events) for name, events in zip(found, known, strict=True)]
+    heard = list(posteriors([network], clips, MemoryReader(found), Listening(events=True)))
+    assert [one.framewise is not None and one.boundaries is not None for one in heard] == [True, False, True]
+    assert heard[1].events is not None
+
+
+def test_an_operating_point_is_that_of_the_first_model(tmp_path, waveforms):
+    low, high = DecodingConfig(threshold=0.3), DecodingConfig(threshold=0.8)
+    first = other_network(tmp_path, seed=7, operating_points={"high_recall": low, "high_precision": high})
+    second = other_network(tmp_path, seed=8)
+    at = {}
+    for name in (None, "high_recall", "high_precision"):
+        listening = Listening(events=True, operating_point=name)
+        heard = list(waveform_posteriors([first, second], waveforms, listening))
+        decoding = {"high_recall": low, "high_precision": high}.get(name, DecodingConfig())
+        for one in heard:
+            assert list(one.events) == decode_events(one.framewise, one.boundaries, ("low", "high"), decoding)
+        at[name] = [one.events for one in heard]
+    assert at["high_recall"] != at[None] != at["high_precision"]
+    with pytest.raises(UsageError, match=r"unknown operating point 'high_recal'.*did you mean 'high_recall'"):
+        list(waveform_posteriors([first], waveforms, Listening(events=True, operating_point="high_recal")))
+    with pytest.raises(UsageError, match="thresholds of its own"):
+        Listening(events=True, classes="desed-published", decoding="published", operating_point="high_recall")
 
 
 def test_ensemble_of_two_rates(network, tmp_path, waveforms):
@@ -479,6 +519,93 @@ def test_processes_together_give_the_bits_of_one(network, waveforms):
         shard(3, 2, 2)
     with pytest.raises(ValueError, match="expected parts"):
         join_shards([[1], [2, 3]])
+
+
+def timed_corpus(waveforms):
+    """Clips with events of two classes, of which the second one is the model's first; the last clip has none."""
+    clips = []
+    for i, waveform in enumerate(waveforms):
+        whole = len(waveform) / RATE
+        events = [
+            Event("high", 0.1 * whole, 0.9 * whole),
+            Event("low", 0.0, 0.4 * whole),
+            Event("low", 0.5 * whole, whole),
+        ]
+        kept = tuple(events[: (0 if i == len(waveforms) - 1 else 1 + i % 3)])
+        clips.append(Clip(Path(f"/data/set/{i}.wav"), tuple({e.event_label for e in kept}), kept))
+    return corpus_of(clips, ("high", "low"), "multi_label")
+
+
+def test_scores_at_all_thresholds(network, tiny_checkpoint, waveforms):
+    """The metrics themselves, on what ``Predictor`` says; the same from several processes, bit by bit."""
+    from htsat.predict import Predictor
+
+    corpus = timed_corpus(waveforms)
+    listening = Listening(events=True)
+    one_model = [ModelIdentity("m", "m", "", ("low", "high"), "multi_label")]
+    found = dict(zip((clip.path.name for clip in corpus.clips), waveforms, strict=True))
+    shards = []
+    for rank in range(3):
+        mine = [corpus.clips[i] for i in shard(len(found), rank, 3)]
+        shards.append(list(posteriors([network], mine, MemoryReader(found), listening)))
+    texts = set()
+    for heard in (list(posteriors([network], corpus.clips, MemoryReader(found), listening)), join_shards(shards)):
+        evaluation = summarise(corpus, heard, one_model, listening, bootstrap=20)
+        texts.add(to_json(evaluation))
+    assert len(texts) == 1
+
+    predictor = Predictor(tiny_checkpoint, device="cpu")
+    said = {str(c.path): predictor.predict((found[c.path.name], RATE), spectrogram=False) for c in corpus.clips}
+    scores = {name: (one.framewise_posteriors, one.frame_boundaries) for name, one in said.items()}
+    reference = {str(clip.path): clip.events for clip in corpus.clips}
+    durations = {name: one.duration for name, one in said.items()}
+    values = json.loads(texts.pop())["detection"]
+    for name, settings in (("psds1", PSDS1), ("psds2", PSDS2)):
+        expected = psds_from_scores(reference, scores, ("low", "high"), durations, settings)
+        assert values[name]["value"] == expected.value
+        assert values[name]["per_class"] == expected.per_class and set(expected.per_class) == {"low", "high"}
+        assert values[name]["settings"] == dataclasses.asdict(settings)
+    assert any(values["psds2"]["per_class"].values())
+    frames, level = frame_scores(reference, scores, ("low", "high")), values["frame_level"]
+    assert level["mean_average_precision"] == pytest.approx(frames.mean_average_precision)
+    assert level["mean_roc_auc"] == pytest.approx(frames.mean_roc_auc)
+    for index, label in enumerate(("low", "high")):
+        assert level["per_class"][label]["average_precision"] == frames.average_precision[index]
+        assert level["per_class"][label]["roc_auc"] == frames.roc_auc[index]
+    assert level["frame_seconds"] == 0.3125
+
+    for text in (table(evaluation), html(evaluation, Path("/data"))):
+        assert "PSDS1 (DTC = GTC = 0.7)" in text and "PSDS2 (DTC = GTC = 0.1)" in text
+        assert "DTC = GTC = 0.7, CTTC 0.3, alpha_CT 0, alpha_ST 1, 100 false positives an hour" in text
+        assert "DTC = GTC = 0.1, CTTC 0.3, alpha_CT 0.5, alpha_ST 1, 100 false positives an hour" in text
+        assert "before filters" in text and "frames of 312.5 ms" in text
+        assert f"{values['psds2']['value']:.4f}" in text and f"{level['mean_average_precision']:.4f}" in text
+        assert "event-based error rate (200 ms collars, 20 %)" in text
+        assert f"{values['event_based']['overall']['error_rate']:.4f}" in text
+    micro = re.search(r"intersection-based F1 .*, micro +(\S+) +(\S+) to (\S+)", table(evaluation))
+    low, high = values["intersection"]["micro_f1_interval"]
+    assert micro.groups() == tuple(f"{v:.4f}" for v in (values["intersection"]["micro_f1"], low, high))
+    Structure(html(evaluation, Path("/data")))
+
+    # Scores that models are chosen by leave them out, and so do clips without framewise posteriors.
+    without = summarise(corpus, heard, one_model, listening, all_thresholds=False)
+    bare = [dataclasses.replace(one, framewise=None, boundaries=None) for one in heard]
+    for evaluation in (without, summarise(corpus, bare, one_model, listening)):
+        values = evaluation.to_dict()["detection"]
+        assert not {"psds1", "psds2", "frame_level"} & values.keys() and "PSDS" not in table(evaluation)
+
+
+def test_posteriors_and_their_durations_go_together():
+    reference = {"a": [Event("dog", 0.0, 1.0)], "b": []}
+    scores = {"a": ([[0.9], [0.1]], [0.0, 1.0, 2.0]), "b": ([[0.2], [0.3]], [0.0, 1.0, 2.0])}
+    report = score_detection(reference, reference, ("dog",), durations={"a": 2.0, "b": 2.0}, scores=scores)
+    # The event is found above 0.3, before any false alarm.
+    assert (report.psds1.value, report.psds2.value, report.frames.mean_average_precision) == (1, 1, 1)
+    with pytest.raises(UsageError, match="have no duration"):
+        score_detection(reference, reference, ("dog",), scores=scores)
+    with pytest.raises(UsageError, match=r"num_frames, 2"):
+        score_detection(reference, reference, ("dog", "cat"), durations={"a": 2.0, "b": 2.0}, scores=scores)
+    assert score_detection(reference, reference, ("dog",)).psds == {}
 
 
 # --- averages of weights ------------------------------------------------------------------------

@@ -13,7 +13,18 @@ from shared_data import shared
 
 from htsat.events import Event
 from htsat.metrics import tagging
-from htsat.metrics.detection import event_based, intersection_based, segment_based
+from htsat.metrics.bootstrap import f1_intervals
+from htsat.metrics.detection import (
+    FileCounts,
+    count_event_based,
+    count_intersection_based,
+    count_segment_based,
+    event_based,
+    intersection_based,
+    segment_based,
+    summarise,
+)
+from htsat.metrics.frames import frame_scores, rasterised
 
 
 def events(*spans, label="dog"):
@@ -283,6 +294,207 @@ def test_order_of_events_does_not_matter(metric, desed):
     reference, estimated, _ = desed
     reversed_ = [{file: found[::-1] for file, found in reversed(side.items())} for side in (reference, estimated)]
     assert metric(*reversed_) == metric(reference, estimated)
+
+
+# --- error rates ---------------------------------------------------------------------------------
+
+
+def rates(scores):
+    return (
+        scores.error_rate,
+        scores.deletion_rate,
+        scores.insertion_rate,
+        getattr(scores, "substitution_rate", None),
+    )
+
+
+#: what sed_eval 0.2.1 gives for the tables of these two folders: overall, then the means over classes
+SED_EVAL_RATES = {
+    ("desed", event_based): (
+        (1.874864376130199, 0.9160940325497288, 0.9385171790235082, 0.020253164556962026),
+        (2.4461962802418196, 0.914314663689977, 1.5318816165518423, None),
+    ),
+    ("desed", segment_based): (
+        (0.5460665258711721, 0.22914466737064415, 0.24775607180570222, 0.06916578669482576),
+        (0.5613016852872887, 0.3303494200809044, 0.23095226520638445, None),
+    ),
+    ("dcase", event_based): (
+        (1.0291193181818183, 0.6103219696969697, 0.3944128787878788, 0.024384469696969696),
+        (1.1850246017126331, 0.5972663599615575, 0.5877582417510755, None),
+    ),
+    ("dcase", segment_based): (
+        (0.37519636934892653, 0.19680572525746204, 0.0892825973119218, 0.08910804677954268),
+        (0.5679321982599661, 0.33677980813466957, 0.23115239012529654, None),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "metric"), SED_EVAL_RATES, ids=lambda value: getattr(value, "__name__", value))
+def test_rates_are_those_of_sed_eval(name, metric, request):
+    scores = metric(*request.getfixturevalue(name)[:2])
+    overall, macro = SED_EVAL_RATES[name, metric]
+    assert rates(scores.overall) == pytest.approx(overall, abs=1e-12)
+    assert rates(scores.macro) == pytest.approx(macro, abs=1e-12)
+    for one in scores.per_class.values():
+        assert one.error_rate == pytest.approx((one.fp + one.fn) / (one.tp + one.fn))
+
+
+def test_the_published_rates(desed):
+    reference, estimated, expected = desed
+    error_rate = event_based(reference, estimated).overall.error_rate
+    assert error_rate == pytest.approx(expected["collar_200ms_20pct"]["ER"], abs=1e-12)
+
+
+def labelled(**spans):
+    """Return {"a.wav": events} from label=[(onset, offset), ...]."""
+    return {"a.wav": [Event(label, *span) for label, found in spans.items() for span in found]}
+
+
+def test_rates_by_hand():
+    reference = labelled(dog=[(0, 1), (2, 3), (4, 5)], cat=[(6, 7)])
+    estimated = labelled(dog=[(0, 1)], cat=[(2, 3), (4.1, 5.1), (9, 10)])
+    # A dog is found, two dogs are taken for cats, the cat is missed, and a cat is heard where nothing is.
+    scores = event_based(reference, estimated)
+    assert rates(scores.per_class["dog"]) == pytest.approx((2 / 3, 2 / 3, 0, None))
+    assert rates(scores.per_class["cat"]) == (4, 1, 3, None)
+    assert rates(scores.overall) == (1, 1 / 4, 1 / 4, 2 / 4)
+    assert (scores.overall.fp, scores.overall.fn) == (3, 3)
+    assert rates(scores.macro) == pytest.approx(((2 / 3 + 4) / 2, (2 / 3 + 1) / 2, 3 / 2, None))
+    # Precision of the classes: 1 and 0.
+    assert scores.macro.precision == 0.5 and scores.macro.recall == pytest.approx(1 / 6)
+    # The intersection-based metric knows no substitutions.
+    overall = intersection_based(reference, estimated).overall
+    assert (overall.tp, overall.fp, overall.fn) == (1, 3, 3)
+    assert rates(overall) == (6 / 4, 3 / 4, 3 / 4, None)
+    # Segments 0 2 4 6 are active, 0 2 4 5 9 are detected: 0 is right, in 2 and 4 the class is wrong.
+    overall = segment_based(reference, estimated).overall
+    assert rates(overall) == (5 / 4, 1 / 4, 2 / 4, 2 / 4)
+
+
+def test_substitutions_use_each_event_once():
+    reference = labelled(dog=[(0, 1), (0, 1)], cat=[(0.1, 1.1)])
+    # One owl for three events.
+    assert rates(event_based(reference, labelled(owl=[(0, 1)])).overall) == (1, 2 / 3, 0, 1 / 3)
+    # Where the first that fits is taken, the next is.
+    two = labelled(owl=[(0, 1), (0.1, 1.1)])
+    assert rates(event_based(labelled(dog=[(0, 1), (0, 1)]), two).overall) == (1, 0, 0, 1)
+    # What is matched in its own class is no substitution.
+    assert rates(event_based(reference, labelled(dog=[(0, 1)] * 2, owl=[(5, 6)])).overall) == (2 / 3, 1 / 3, 1 / 3, 0)
+    # Not across files.
+    elsewhere = {"b.wav": labelled(owl=[(0, 1)])["a.wav"]}
+    assert event_based(reference, elsewhere).overall.substitution_rate == 0
+    assert segment_based(reference, elsewhere).overall.substitution_rate == 0
+
+
+@pytest.mark.parametrize("metric", [intersection_based, event_based, segment_based])
+def test_without_reference_events_there_is_no_rate(metric):
+    scores = metric({}, events((0, 1)))
+    assert rates(scores.per_class["dog"]) == rates(scores.overall) == rates(scores.macro) == (None,) * 4
+
+
+# --- overlaps ------------------------------------------------------------------------------------
+
+many_spans = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 8)), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(many_spans, many_spans), min_size=1, max_size=3), st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]))
+def test_intersection_counts_seconds(files, criterion):
+    """Events of whole tenths of seconds, counted tenth by tenth."""
+    reference, estimated, expected = {}, {}, np.zeros(3, int)
+    for number, sides in enumerate(files):
+        truth, found = ([set(range(a, a + n)) for a, n in side] for side in sides)
+        for side, spans in ((reference, sides[0]), (estimated, sides[1])):
+            side[f"{number}.wav"] = [Event("dog", a / 8, (a + n) / 8) for a, n in spans]
+        covered = set().union(*truth)
+        passed = [one for one in found if len(one & covered) >= criterion * len(one)]
+        heard = set().union(*passed)
+        hits = sum(len(one & heard) >= criterion * len(one) for one in truth)
+        expected += hits, len(found) - len(passed), len(truth) - hits
+    overall = intersection_based(reference, estimated, dtc=criterion, gtc=criterion).overall
+    assert [overall.tp, overall.fp, overall.fn] == expected.tolist()
+
+
+# --- resamples of files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [count_intersection_based, count_event_based, count_segment_based])
+def test_counts_of_files_add_up(count, dcase):
+    reference, estimated, _ = dcase
+    counts = count(reference, estimated)
+    assert set(counts.files) == {*reference, *estimated}
+    half = len(counts.files) // 2
+    for part in (slice(0, half), slice(half, None)):
+        names = counts.files[part]
+        alone = count({f: reference.get(f, []) for f in names}, {f: estimated.get(f, []) for f in names})
+        substitutions = None if counts.substitutions is None else counts.substitutions[part]
+        assert summarise(FileCounts(names, counts.labels, counts.counts[part], substitutions)) == summarise(alone)
+
+
+def test_intervals_are_those_of_evaluating_again(dcase):
+    """A resample by matrix product is the metric on the drawn files."""
+    reference, estimated, _ = dcase
+    files = list(reference)[:60]
+    reference, estimated = ({f: side.get(f, []) for f in files} for side in (reference, estimated))
+    random, macro, micro = np.random.default_rng(5), [], []
+    for drawn in random.integers(0, 60, (40, 60)):
+        scores = event_based(
+            {f"{i}": reference[files[k]] for i, k in enumerate(drawn)},
+            {f"{i}": estimated[files[k]] for i, k in enumerate(drawn)},
+        )
+        macro.append(scores.macro_f1)
+        micro.append(scores.micro_f1)
+    found = f1_intervals(count_event_based(reference, estimated), 40, seed=5)
+    for name, values in (("macro_f1", macro), ("micro_f1", micro)):
+        assert found[name] == pytest.approx(np.quantile(values, (0.025, 0.975), method="nearest"), abs=1e-12)
+    assert f1_intervals(count_event_based(reference, estimated), 0) == {}
+    with pytest.raises(ValueError, match="resamples"):
+        f1_intervals(count_event_based(reference, estimated), -1)
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def test_rasterised_by_hand():
+    edges = [0, 1, 2, 3, 3.5]
+    # From 0.5 on half of the frame is covered; two parts of 0.25 s make half a frame, not if they are the same.
+    found = [Event("dog", 0.5, 1.4), Event("cat", 2, 2.25), Event("cat", 2.5, 2.75), Event("owl", 0, 9)]
+    found += [Event("cat", 1, 1.25), Event("cat", 1, 1.25), Event("dog", 3.3, 3.5), Event("cat", 3.25, 3.5)]
+    assert rasterised(found, ("cat", "dog"), edges).astype(int).T.tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
+    # Halves of frames of 0.1 s are halves, however they are rounded.
+    for frame in range(40):
+        half = [Event("dog", (frame + 0.5) / 10, (frame + 1) / 10)]
+        assert np.flatnonzero(rasterised(half, ("dog",), np.arange(41) * 0.1)).tolist() == [frame]
+
+
+def test_frame_scores_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(2)
+    labels, reference, scores, truth = ("cat", "dog", "owl"), {}, {}, []
+    for number in range(6):
+        first = random.integers(0, 30, 3)
+        # Events that begin and end with frames, so that their truth needs no rule.
+        grid = np.zeros((40 + number, 3), bool)
+        reference[f"{number}"] = []
+        for column, label in enumerate(labels[:2]):
+            grid[first[column] : first[column] + 7, column] = True
+            reference[f"{number}"].append(Event(label, first[column] * 0.25, (first[column] + 7) * 0.25))
+        scores[f"{number}"] = (np.round(random.random(grid.shape) + 0.3 * grid, 2), np.arange(len(grid) + 1) * 0.25)
+        truth.append(grid)
+    scores["quiet"] = (random.random((8, 3)), np.arange(9) * 0.25)
+    all_truth = np.concatenate([*truth, np.zeros((8, 3), bool)])
+    posteriors = np.concatenate([given for given, _ in scores.values()])
+    found = frame_scores(reference, scores, labels)
+    precision = [metrics.average_precision_score(all_truth[:, k], posteriors[:, k]) for k in range(2)]
+    area = [metrics.roc_auc_score(all_truth[:, k], posteriors[:, k]) for k in range(2)]
+    assert found.average_precision[:2] == pytest.approx(precision, abs=1e-9) and np.isnan(found.average_precision[2])
+    assert found.roc_auc[:2] == pytest.approx(area, abs=1e-9) and np.isnan(found.roc_auc[2])
+    assert found.mean_average_precision == pytest.approx(np.mean(precision))
+    assert found.mean_roc_auc == pytest.approx(np.mean(area))
+    with pytest.raises(ValueError, match="'0': expected posteriors of shape"):
+        frame_scores(reference, {"0": (np.zeros((5, 3)), np.arange(5))}, labels)
+    with pytest.raises(ValueError, match="no frames"):
+        frame_scores(reference, {}, labels)
 
 
 # --- tagging -------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
     """Return rows as columns of equal width, two spaces apart; ``right`` says which are flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(right))]
     lines = (
@@ -184,7 +184,7 @@ def _write_table(detections: Sequence[Detections]) -> str:
         for event in item.events:
             onset, offset = _seconds(event, 3)
             rows.append((file, onset, offset, _printable(_cell_label(event.event_label)), f"{event.probability:.3f}"))
-    return _aligned(rows, (False, True, True, False, True))
+    return aligned(rows, (False, True, True, False, True))
 
 
 # --- tables with a header: tsv, csv, raven --------------------------------------------------------
@@ -772,6 +772,26 @@ def parse_events(text: str, format: str, *, name: str) -> list[Detections]:
     return known.read(text, name)
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a table in UTF-8 or, with a byte order mark, UTF-16; line ends as they are.
+
+    Raises:
+        DataError: the file cannot be read or is no text.
+    """
+    name = os.fspath(path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: no text in {error.encoding.upper()} (at byte {error.start}); save the table as UTF-8"
+        ) from None
+
+
 def read_events(path: str | os.PathLike[str], format: str | None = None) -> list[Detections]:
     """Read recordings with their events from a file.
 
@@ -783,20 +803,8 @@ def read_events(path: str | os.PathLike[str], format: str | None = None) -> list
         UsageError: unknown ending or format.
         DataError: the file cannot be read, is no text, or is malformed.
     """
-    name = os.fspath(path)
     chosen = format or format_for_path(path)
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); check the path") from error
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: no text in {error.encoding.upper()} (at byte {error.start}); save the table as UTF-8"
-        ) from None
-    return parse_events(text, chosen, name=name)
+    return parse_events(read_text(path), chosen, name=os.fspath(path))
 
 
 # --- tags ----------------------------------------------------------------------------------------
@@ -809,7 +817,7 @@ def _tags_table(items: Sequence[Tags]) -> str:
             rows.append((_printable(item.file), "(no tags)", "-"))
         for tag in item.tags:
             rows.append((_printable(item.file), _printable(tag.label), f"{tag.probability:.3f}"))
-    return _aligned(rows, (False, False, True))
+    return aligned(rows, (False, False, True))
 
 
 def _tags_csv(items: Sequence[Tags]) -> str:

@@ -14,7 +14,7 @@ from htsat.errors import DataError, OutputError, UsageError
 if TYPE_CHECKING:
     from htsat.data.corpora import Corpus
     from htsat.evaluation.evaluate import ModelIdentity
-    from htsat.model.htsat import HTSAT
+    from htsat.model.base import SoundModel
 
 
 class Fit(StrEnum):
@@ -33,6 +33,20 @@ class Together(StrEnum):
     mean = "mean"
     logits = "logits"
     weights = "weights"
+
+
+class Classes(StrEnum):
+    """What a model's classes are counted as."""
+
+    desed = "desed"
+    desed_published = "desed-published"
+
+
+class Decoding(StrEnum):
+    """How posteriors become events."""
+
+    model = "model"
+    published = "published"
 
 
 def evaluate(
@@ -61,6 +75,28 @@ def evaluate(
         Fit | None,
         typer.Option(help="Clips under 10 s; stretch and repeat as published.", show_default="the model's"),
     ] = None,
+    classes: Annotated[
+        Classes | None,
+        typer.Option(help="Count AudioSet's classes as DESED's ten: by meaning, or by the published map."),
+    ] = None,
+    decoding: Annotated[
+        Decoding,
+        typer.Option(help="Events by the checkpoint's settings, or by the ten published thresholds of DESED."),
+    ] = Decoding.model,
+    operating_point: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Events by these settings of the (first) checkpoint: high_precision, balanced, high_recall ...",
+            show_default="the checkpoint's usual ones",
+        ),
+    ] = None,
+    time_shifts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=32, help="Events: hear each chunk so often, for as much finer time.", show_default="the model's"
+        ),
+    ] = None,
     ensemble: Annotated[
         Together, typer.Option(help="Several models: mean of their posteriors, of their logits, or of their weights.")
     ] = Together.mean,
@@ -78,14 +114,20 @@ def evaluate(
     endpoint: Annotated[str | None, typer.Option(help="Address of the model hub; also HTSAT_ENDPOINT.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never download; also HTSAT_OFFLINE=1.")] = False,
 ) -> None:
-    """Score models on labelled recordings: tags, and events where the data tells their times."""
+    """Score models on labelled recordings: tags, and events where the data tells their times.
+
+    The DESED table of the paper: htsat evaluate MODEL DESED --split test --classes desed-published --decoding
+    published, with published weights as MODEL; its F1 is the intersection-based one. With --classes desed alone
+    the classes are mapped by meaning and events are found by the checkpoint's thresholds and filters. PSDS and
+    frame-level figures are those of the posteriors, before filters and thresholds, whatever the decoding.
+    """
     if len(inputs) < 2:
         raise UsageError("give at least a model and, last, the labelled data: htsat evaluate MODEL... DATA")
     *names, folder = inputs
     for path in (out, report):
         if path is not None:
-            _check_target(path)
-    data, part = _open(Path(folder), corpus, split, fold or [])
+            check_target(path)
+    data, part = open_data(Path(folder), corpus, split, fold or [])
 
     from htsat.data.clips import clip_name
     from htsat.data.reading import ClipReader
@@ -94,16 +136,17 @@ def evaluate(
     from htsat.evaluation.report import html, table, to_json
     from htsat.evaluation.scores import match_labels
     from htsat.files import write_atomic
+    from htsat.model.base import IN_TIME
     from htsat.model.checkpoint import read_config
-    from htsat.model.htsat import IN_TIME
     from htsat.model.hub import resolve
 
     paths = [resolve(name, cache_dir=cache_dir, endpoint=endpoint, offline=offline or None) for name in names]
-    identities = [identify(name, path, read_config(path)) for name, path in zip(names, paths, strict=True)]
-    for identity in identities:
-        if not identity.labels:
-            raise UsageError(f"model {identity.name!r} has no classes, it gives embeddings only; choose another")
-        match_labels(identity.labels, data.labels, folder)
+    events = has_events(data) and (fit is None or fit.value in IN_TIME)
+    for given, option in ((decoding is Decoding.published, "decoding"), (operating_point, "operating-point")):
+        if given and not has_events(data):
+            raise UsageError(f"{folder}: tells no times of events, so there is nothing to decode; leave out --{option}")
+    if operating_point is not None:
+        read_config(paths[0]).decoding_at(operating_point)  # a wrong name ends here, before the work
     listening = Listening(
         fit=None if fit is None else fit.value,
         shifts=shifts,
@@ -111,8 +154,17 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         threads=threads,
-        events=has_events(data) and (fit is None or fit.value in IN_TIME),
+        events=events,
+        classes=None if classes is None else classes.value,
+        decoding=decoding.value,
+        time_shifts=time_shifts,
+        operating_point=operating_point,
     )
+    identities = [identify(name, path, read_config(path), listening) for name, path in zip(names, paths, strict=True)]
+    for identity in identities:
+        if not identity.labels:
+            raise UsageError(f"model {identity.name!r} has no classes, it gives embeddings only; choose another")
+        match_labels(identity.labels, data.labels, folder)
     models, identities = _load(paths, identities, ensemble)
     heard = []
     with Progress() as progress:
@@ -139,7 +191,7 @@ def evaluate(
         sys.exit(1)
 
 
-def _open(data: Path, kind: str | None, split: str | None, folds: list[int]) -> "tuple[Corpus, str]":
+def open_data(data: Path, kind: str | None, split: str | None, folds: list[int]) -> "tuple[Corpus, str]":
     """Return the clips to score, and which part of the data they are, in words."""
     from htsat.data.corpora import KINDS, open_corpus, recognise
     from htsat.data.reading import MANIFEST
@@ -172,7 +224,7 @@ def _open(data: Path, kind: str | None, split: str | None, folds: list[int]) -> 
 
 def _load(
     paths: list[Path], identities: "list[ModelIdentity]", together: Together
-) -> "tuple[list[HTSAT], list[ModelIdentity]]":
+) -> "tuple[list[SoundModel], list[ModelIdentity]]":
     """Return the models, or the one that has the mean of their weights."""
     import hashlib
 
@@ -190,7 +242,7 @@ def _load(
     return [average_checkpoints(paths)], [ModelIdentity(name, files, digest, first.labels, first.objective)]
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Refuse a file for results that cannot be written, before hours are spent on them."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the name of a file")

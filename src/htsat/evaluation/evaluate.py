@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from htsat.config import CheckpointConfig
 from htsat.data.clips import Clip, Corpus, clip_name
 from htsat.errors import CheckpointError, DataError, UsageError, nearest
-from htsat.evaluation.listen import Heard, Listening
+from htsat.evaluation.listen import Heard, Listening, listening_config
 from htsat.evaluation.scores import (
     DetectionReport,
     TaggingScores,
@@ -22,6 +22,7 @@ from htsat.evaluation.scores import (
     score_detection,
     score_tagging,
 )
+from htsat.labels import heard_labels
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ModelIdentity:
         name: as it was given.
         file: the checkpoint.
         sha256: of the file.
-        labels: its classes.
+        labels: its classes, or those that they are counted as.
         objective: what it was trained for.
     """
 
@@ -119,6 +120,8 @@ class Evaluation:
                 "fingerprint": fingerprint(self.corpus),
             },
             "listening": {key: listening[key] for key in ("fit", "shifts", "ensemble")},
+            "classes": listening["classes"],
+            "events": {key: listening[key] for key in ("decoding", "time_shifts", "operating_point")},
             "bootstrap": {"resamples": self.bootstrap, "seed": self.seed},
             "tagging": self.tagging.to_dict(),
             "detection": None if self.detection is None else self.detection.to_dict(),
@@ -158,18 +161,26 @@ class Evaluation:
         return found
 
 
-def identify(name: str, path: Path, config: CheckpointConfig) -> ModelIdentity:
+def identify(name: str, path: Path, config: CheckpointConfig, listening: Listening | None = None) -> ModelIdentity:
     """Return the identity of a checkpoint.
+
+    Args:
+        name: as it was given.
+        path: of the file.
+        config: its settings.
+        listening: how it is heard, which may count its classes as others.
 
     Raises:
         CheckpointError: the file cannot be read.
+        UsageError: the model lacks classes that are to be counted.
     """
+    labels = heard_labels(listening_config(config, listening or Listening()))
     try:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; check the file") from None
-    return ModelIdentity(name, str(path), digest, config.labels, config.objective)
+    return ModelIdentity(name, str(path), digest, labels, config.objective)
 
 
 def fingerprint(corpus: Corpus) -> str:
@@ -224,6 +235,7 @@ def summarise(
     threshold: float = 0.5,
     bootstrap: int = 0,
     seed: int = 0,
+    all_thresholds: bool = True,
 ) -> Evaluation:
     """Score what models said of the clips of a corpus.
 
@@ -236,6 +248,7 @@ def summarise(
         threshold: posterior from which a label is given, for several labels per clip.
         bootstrap: resamples for the intervals; 0: none.
         seed: of the resamples.
+        all_thresholds: also score the framewise posteriors, where all clips whose events are known have them.
 
     Raises:
         DataError: labels that the model lacks, or no clip could be heard.
@@ -256,11 +269,17 @@ def summarise(
     timed = [(clip, one) for clip, one in good if clip.events is not None and one.events is not None]
     if timed and has_events(corpus):
         names = [clip_name(clip) for clip, _ in timed]
+        framewise = {
+            name: (one.framewise[:, columns], one.boundaries)
+            for name, (_, one) in zip(names, timed, strict=True)
+            if all_thresholds and one.framewise is not None and one.boundaries is not None
+        }
         detection = score_detection(
             {name: clip.events or () for name, (clip, _) in zip(names, timed, strict=True)},
             {name: one.events or () for name, (_, one) in zip(names, timed, strict=True)},
             corpus.labels,
             durations={name: one.duration for name, (_, one) in zip(names, timed, strict=True)},
+            scores=framewise if len(framewise) == len(timed) else None,
             bootstrap=bootstrap,
             seed=seed,
         )

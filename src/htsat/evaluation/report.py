@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from htsat.data.clips import Clip, clip_name
 from htsat.evaluation.evaluate import Evaluation, Mistake
-from htsat.evaluation.scores import DETECTION_TITLES, TITLES, Interval
+from htsat.evaluation.scores import DETECTION_TITLES, PSDS, TITLES, DetectionReport, Interval, psds_demands
 from htsat.metrics.tagging import CalibrationCurve, precision_recall_curve
 from htsat.plot import PALETTE
 
@@ -64,14 +64,37 @@ def notes(evaluation: Evaluation) -> list[str]:
     if evaluation.detection is not None and evaluation.detection.without_reference:
         names = ", ".join(evaluation.detection.without_reference)
         lines.append(f"labels without a reference event, in no macro F1: {names}")
+    if evaluation.detection is not None:
+        lines += _thresholds_notes(evaluation.detection)
     if len(evaluation.models) > 1:
         lines.append(f"ensemble of {len(evaluation.models)} models: {_ensemble(evaluation)}")
     if evaluation.listening.shifts > 1:
         lines.append(f"mean over {evaluation.listening.shifts} circular shifts of each clip")
+    if evaluation.listening.classes:
+        lines.append(
+            f"AudioSet's classes counted as {evaluation.listening.classes}: the largest posterior of those that belong"
+        )
+    if evaluation.listening.decoding == "published":
+        lines.append("events: the published thresholds, no filter")
+    if evaluation.listening.operating_point is not None:
+        lines.append(f"events: decoded at the operating point {evaluation.listening.operating_point}")
+    if (evaluation.listening.time_shifts or 1) > 1:
+        lines.append(f"events: each chunk heard {evaluation.listening.time_shifts} times, for finer time steps")
     if evaluation.listening.fit is not None:
         lines.append(f"clips shorter than the model's input: {evaluation.listening.fit}")
     if evaluation.bootstrap:
         lines.append(f"intervals: 95 % of {evaluation.bootstrap} bootstrap resamples of the clips")
+    return lines
+
+
+def _thresholds_notes(detection: DetectionReport) -> list[str]:
+    """Return what the figures of all thresholds demand, and what they are of."""
+    lines = [f"{name.upper()}: {psds_demands(PSDS[name])}" for name in detection.psds]
+    if detection.frames is not None and detection.frame_seconds is not None:
+        lines.append(
+            "PSDS (exact) and frame-level figures: of the posteriors at all thresholds, before filters and decoding; "
+            f"frames of {1000 * detection.frame_seconds:.4g} ms"
+        )
     return lines
 
 
@@ -98,7 +121,17 @@ def _headline(evaluation: Evaluation) -> list[tuple[str, str, float, Interval | 
         for name, scores in detection.by_metric.items():
             title = DETECTION_TITLES[name]
             rows.append((name, f"{title}, macro", scores.macro_f1, detection.intervals.get(name)))
-            rows.append((f"{name}_micro", f"{title}, micro", scores.micro_f1, None))
+            rows.append((f"{name}_micro", f"{title}, micro", scores.micro_f1, detection.micro_intervals.get(name)))
+            if scores.overall.error_rate is not None:
+                error_title = detection.settings.error_titles[name]
+                rows.append((f"{name}_error_rate", error_title, scores.overall.error_rate, None))
+        for name, one in detection.psds.items():
+            demands = PSDS[name]
+            rows.append((name, f"{name.upper()} (DTC = GTC = {demands.dtc:g})", one.value, None))
+        if detection.frames is not None:
+            frames = detection.frames
+            rows.append(("frame_map", "frame-level mean average precision (mAP)", frames.mean_average_precision, None))
+            rows.append(("frame_auc", "frame-level mean area under the ROC curve", frames.mean_roc_auc, None))
     return rows
 
 
@@ -115,15 +148,41 @@ def table(evaluation: Evaluation) -> str:
         values = (one.average_precision, one.roc_auc, one.precision, one.recall, one.f1)
         classes.append([label, str(one.positives), *map(number, values)])
     lines += _aligned(classes)
-    if evaluation.detection is not None:
-        for name, scores in evaluation.detection.by_metric.items():
-            rows = [["class", "F1", "precision", "recall", "hits", "false alarms", "misses"]]
-            rows += [
-                [label, number(c.f1), number(c.precision), number(c.recall), str(c.tp), str(c.fp), str(c.fn)]
-                for label, c in scores.per_class.items()
-            ]
-            lines += ["", DETECTION_TITLES[name], *_aligned(rows)]
+    for title, _, (head, *body) in _detection_tables(evaluation):
+        lines += ["", title, *_aligned([head, *body])]
     return "\n".join(lines) + "\n"
+
+
+def _detection_tables(evaluation: Evaluation) -> list[tuple[str, str, list[list[str]]]]:
+    """Return title, what is said of all classes, and rows with a head, for each view of the events' classes."""
+    detection = evaluation.detection
+    if detection is None:
+        return []
+    tables = []
+    for name, scores in detection.by_metric.items():
+        rows = [["class", "F1", "precision", "recall", "error rate", "hits", "false alarms", "misses"]]
+        for label, c in scores.per_class.items():
+            ratios = (c.f1, c.precision, c.recall, math.nan if c.error_rate is None else c.error_rate)
+            rows.append([label, *map(number, ratios), str(c.tp), str(c.fp), str(c.fn)])
+        said = f"macro {number(scores.macro_f1)}, micro {number(scores.micro_f1)}"
+        tables.append((DETECTION_TITLES[name], said, rows))
+    if detection.psds or detection.frames is not None:
+        head = ["class", *(f"{name.upper()} area" for name in detection.psds)]
+        areas = [one.per_class for one in detection.psds.values()]
+        words = [
+            f"{name.upper()} {number(one.value)} ({psds_demands(PSDS[name])})" for name, one in detection.psds.items()
+        ]
+        figures: list[NDArray[np.float64]] = []
+        if detection.frames is not None:
+            head += ["frame-level average precision", "frame-level ROC area"]
+            figures = [detection.frames.average_precision, detection.frames.roc_auc]
+            words.append(f"frame-level mAP {number(detection.frames.mean_average_precision)}")
+        rows = [head]
+        for index, label in enumerate(detection.labels):
+            values = [*(area.get(label, math.nan) for area in areas), *(float(figure[index]) for figure in figures)]
+            rows.append([label, *map(number, values)])
+        tables.append(("at all thresholds", "; ".join(words), rows))
+    return tables
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -214,7 +273,7 @@ def _range(interval: Interval | None) -> str:
 
 
 def _cards(evaluation: Evaluation) -> str:
-    names = [*_CARDS[:4], *DETECTION_TITLES] if evaluation.detection is not None else _CARDS
+    names = [*_CARDS[:4], *DETECTION_TITLES, *PSDS] if evaluation.detection is not None else _CARDS
     cards = [
         f"<div class=card><span>{escape(title)}</span><b>{number(value)}</b><span>{_range(interval)}</span></div>"
         for name, title, value, interval in _headline(evaluation)
@@ -393,18 +452,13 @@ def _confusion(evaluation: Evaluation) -> str:
 
 
 def _detection(evaluation: Evaluation) -> list[str]:
-    if evaluation.detection is None:
-        return []
-    sections = []
-    for name, scores in evaluation.detection.by_metric.items():
-        rows = [
-            [escape(label), number(c.f1), number(c.precision), number(c.recall), str(c.tp), str(c.fp), str(c.fn)]
-            for label, c in scores.per_class.items()
-        ]
-        head = ("class", "F1", "precision", "recall", "hits", "false alarms", "misses")
-        said = f"<p>macro {number(scores.macro_f1)}, micro {number(scores.micro_f1)}</p>"
-        sections.append(_section(f"Events: {DETECTION_TITLES[name]}", said + _scroll(_rows(head, rows, 1))))
-    return sections
+    return [
+        _section(
+            f"Events: {title}",
+            f"<p>{escape(said)}</p>" + _scroll(_rows(head, ([escape(label), *values] for label, *values in body), 1)),
+        )
+        for title, said, (head, *body) in _detection_tables(evaluation)
+    ]
 
 
 def link(clip: Clip, folder: Path) -> str:

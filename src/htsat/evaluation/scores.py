@@ -7,7 +7,7 @@ biased upwards.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,10 +18,19 @@ from htsat.data.corpora import Clip
 from htsat.errors import DataError, UsageError, nearest
 from htsat.events import Event
 from htsat.metrics import tagging
-from htsat.metrics.detection import DetectionScores, event_based, intersection_based, segment_based
+from htsat.metrics.bootstrap import Interval as Interval
+from htsat.metrics.bootstrap import bootstrap_intervals, f1_intervals, row_means
+from htsat.metrics.detection import (
+    DetectionScores,
+    count_event_based,
+    count_intersection_based,
+    count_segment_based,
+    summarise,
+)
+from htsat.metrics.frames import FrameScores, frame_scores
+from htsat.metrics.psds import PSDS1, PSDS2, PSDSResult, PSDSSettings, psds_from_scores
 
 Objective = Literal["single_label", "multi_label"]
-Interval = tuple[float, float]
 
 #: names of the figures, as people read them, in the order in which they are shown
 TITLES = {
@@ -36,15 +45,7 @@ TITLES = {
     "calibration_error_equal_width": "calibration error, bins of equal width",
     "calibration_error_equal_mass": "calibration error, bins of equal mass",
 }
-#: the figures of strongly labelled data: what the metric is called, and how its classes are averaged
-DETECTION_TITLES = {
-    "intersection": "intersection-based F1 (half of each side covered)",
-    "event_based": "event-based F1 (collars of 0.2 s, or 20 % for offsets)",
-    "segment_based": "segment-based F1 (segments of 1 s)",
-}
 TOP = 5
-#: clips times resamples that are held at once
-_MAX_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,87 @@ class TaggingScores:
         }
 
 
+@dataclass(frozen=True)
+class DetectionSettings:
+    """What the metrics of events demand; see ``htsat.metrics.detection``.
+
+    Attributes:
+        dtc: detection tolerance criterion, in (0, 1].
+        gtc: ground truth intersection criterion, in (0, 1].
+        onset_collar: seconds.
+        offset_collar: seconds.
+        offset_collar_rate: part of the reference event's length.
+        segment_seconds: length of a segment.
+    """
+
+    dtc: float = 0.5
+    gtc: float = 0.5
+    onset_collar: float = 0.2
+    offset_collar: float = 0.2
+    offset_collar_rate: float = 0.2
+    segment_seconds: float = 1.0
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Metric -> its name in full, with all that it demands."""
+        return self._named("F1")
+
+    @property
+    def error_titles(self) -> dict[str, str]:
+        """Metric -> the name of its error rate."""
+        return self._named("error rate")
+
+    def _named(self, figure: str) -> dict[str, str]:
+        criteria = f"DTC = GTC = {self.dtc:g}" if self.dtc == self.gtc else f"DTC {self.dtc:g}, GTC {self.gtc:g}"
+        onset, offset = 1000 * self.onset_collar, 1000 * self.offset_collar
+        collars = f"{onset:g} ms collars" if onset == offset else f"collars of {onset:g} ms and {offset:g} ms"
+        return {
+            "intersection": f"intersection-based {figure} ({criteria})",
+            "event_based": f"event-based {figure} ({collars}, {100 * self.offset_collar_rate:g} %)",
+            "segment_based": f"segment-based {figure} ({self.segment_seconds:g} s)",
+        }
+
+
+#: the figures of strongly labelled data as they are usually taken: metric -> its name in full
+DETECTION_TITLES = DetectionSettings().titles
+
+#: polyphonic sound detection scores: name -> settings
+PSDS = {"psds1": PSDS1, "psds2": PSDS2}
+
+
+def psds_demands(settings: PSDSSettings) -> str:
+    """Return in words all that a polyphonic sound detection score demands."""
+    criteria = f"DTC {settings.dtc:g}, GTC {settings.gtc:g}"
+    if settings.dtc == settings.gtc:
+        criteria = f"DTC = GTC = {settings.dtc:g}"
+    return (
+        f"{criteria}, CTTC {settings.cttc:g}, alpha_CT {settings.alpha_ct:g}, alpha_ST {settings.alpha_st:g}, "
+        f"{settings.max_efpr:g} false positives an hour"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class DetectionReport:
     """Scores of events by three metrics that answer three questions; never print one without its name.
 
+    Where the framewise posteriors are known, also what they allow at all thresholds: polyphonic sound detection scores
+    (exact) and frame-level figures. Both are of the posteriors as they are, before filters and thresholds, so that
+    they do not depend on decoding settings.
+
     Attributes:
         num_clips: how many recordings were scored.
-        intersection: intersection-based, DTC = GTC = 0.5, the metric of the paper's DESED table.
-        event_based: onset and offset within collars of 0.2 s (offset: or 20 % of the event's length).
-        segment_based: activity in segments of 1 s.
+        intersection: intersection-based, by default DTC = GTC = 0.5, the metric of the paper's DESED table.
+        event_based: onset and offset within collars, by default of 0.2 s (offset: or 20 % of the event's length).
+        segment_based: activity in segments, by default of 1 s.
         intervals: metric -> (low, high) of 95 % of its macro F1; empty if there was no bootstrap.
         without_reference: classes without a reference event; no macro F1 counts them.
+        micro_intervals: the same of its micro F1.
+        settings: what the metrics demanded.
+        labels: the classes that were scored.
+        psds1: PSDS with ``PSDS1``, scenario 1 of DCASE; None without framewise posteriors.
+        psds2: with ``PSDS2``, scenario 2.
+        frames: frame-level mAP and ROC area, on the frames of the posteriors, classes as ``labels``.
+        frame_seconds: length of a frame (the median; the last one of a recording may be shorter).
     """
 
     num_clips: int
@@ -143,18 +214,49 @@ class DetectionReport:
     segment_based: DetectionScores
     intervals: Mapping[str, Interval]
     without_reference: tuple[str, ...]
+    micro_intervals: Mapping[str, Interval]
+    settings: DetectionSettings
+    labels: tuple[str, ...]
+    psds1: PSDSResult | None = None
+    psds2: PSDSResult | None = None
+    frames: FrameScores | None = None
+    frame_seconds: float | None = None
 
     @property
     def by_metric(self) -> dict[str, DetectionScores]:
         """The three metrics by name."""
-        return {name: getattr(self, name) for name in DETECTION_TITLES}
+        return {name: getattr(self, name) for name in self.settings.titles}
+
+    @property
+    def psds(self) -> dict[str, PSDSResult]:
+        """The polyphonic sound detection scores by name; empty without framewise posteriors."""
+        return {name: found for name in PSDS if (found := getattr(self, name)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, the metrics as ``htsat score --json`` names them."""
-        metrics = {name: asdict(scores) for name, scores in self.by_metric.items()}
-        for name, (low, high) in self.intervals.items():
-            metrics[name]["macro_f1_interval"] = [finite(low), finite(high)]
-        return {"clips": self.num_clips, "classes_without_reference": list(self.without_reference), **metrics}
+        metrics: dict[str, Any] = {name: asdict(scores) for name, scores in self.by_metric.items()}
+        for kind, intervals in (("macro", self.intervals), ("micro", self.micro_intervals)):
+            for name, (low, high) in intervals.items():
+                metrics[name][f"{kind}_f1_interval"] = [finite(low), finite(high)]
+        for name, one in self.psds.items():
+            metrics[name] = {"value": one.value, "per_class": one.per_class, "settings": asdict(PSDS[name])}
+        if self.frames is not None:
+            both = zip(self.frames.average_precision.tolist(), self.frames.roc_auc.tolist(), strict=True)
+            metrics["frame_level"] = {
+                "mean_average_precision": finite(self.frames.mean_average_precision),
+                "mean_roc_auc": finite(self.frames.mean_roc_auc),
+                "per_class": {
+                    label: {"average_precision": finite(precision), "roc_auc": finite(area)}
+                    for label, (precision, area) in zip(self.labels, both, strict=True)
+                },
+                "frame_seconds": self.frame_seconds,
+            }
+        return {
+            "clips": self.num_clips,
+            "classes_without_reference": list(self.without_reference),
+            "settings": asdict(self.settings),
+            **metrics,
+        }
 
 
 def finite(value: float) -> float | None:
@@ -287,7 +389,7 @@ def score_tagging(
     intervals: dict[str, Interval] = {}
     if bootstrap:
         resample = _Resampled(truth, scores, given, single)
-        intervals = _intervals(len(truth), bootstrap, seed, resample)
+        intervals = bootstrap_intervals(len(truth), bootstrap, seed, resample)
     return TaggingScores(
         objective=objective,
         num_clips=len(truth),
@@ -308,58 +410,75 @@ def score_detection(
     labels: Sequence[str],
     *,
     durations: Mapping[str, float] | None = None,
+    scores: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    settings: DetectionSettings = DetectionSettings(),
     bootstrap: int = 0,
     seed: int = 0,
 ) -> DetectionReport:
-    """Score events by all three metrics; see ``htsat.metrics.detection``.
+    """Score events by all three metrics, and framewise posteriors at all thresholds; see ``htsat.metrics``.
 
     Args:
-        reference: file name -> true events, for every file.
+        reference: file name -> true events.
         estimated: file name -> detected events.
         labels: the classes to score.
-        durations: file name -> seconds; see ``segment_based``.
+        durations: file name -> seconds; see ``segment_based``. With ``scores`` of every file.
+        scores: file name -> framewise posteriors, classes as in ``labels``, and boundaries of the frames, of every
+            file; see ``psds_from_scores``. None: there are no figures of all thresholds.
+        settings: what the metrics demand.
         bootstrap: how many resamples of the files the intervals are made of; 0: no intervals.
         seed: of the resamples.
 
     Raises:
-        UsageError: a negative number of resamples.
+        UsageError: a negative number of resamples, settings out of range, or posteriors without durations or that do
+            not fit the labels.
     """
     if bootstrap < 0:
         raise UsageError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
-
-    def metrics(
-        truth: Mapping[str, Sequence[Event]], found: Mapping[str, Sequence[Event]]
-    ) -> dict[str, DetectionScores]:
-        return {
-            "intersection": intersection_based(truth, found, labels=labels),
-            "event_based": event_based(truth, found, labels=labels),
-            "segment_based": segment_based(truth, found, labels=labels, durations=durations),
+    try:
+        counts = {
+            "intersection": count_intersection_based(
+                reference, estimated, labels=labels, dtc=settings.dtc, gtc=settings.gtc
+            ),
+            "event_based": count_event_based(
+                reference,
+                estimated,
+                labels=labels,
+                onset_collar=settings.onset_collar,
+                offset_collar=settings.offset_collar,
+                offset_collar_rate=settings.offset_collar_rate,
+            ),
+            "segment_based": count_segment_based(
+                reference, estimated, labels=labels, segment_seconds=settings.segment_seconds, durations=durations
+            ),
         }
-
-    scores = metrics(reference, estimated)
-    intervals: dict[str, Interval] = {}
-    if bootstrap:
-        # Counts of files add up, so a resample of the files is a weighted sum.
-        place = {label: index for index, label in enumerate(labels)}
-        counts = {name: np.zeros((len(reference), len(labels), 3)) for name in scores}
-        for row, file in enumerate(reference):
-            for name, alone in metrics({file: reference[file]}, {file: estimated.get(file, ())}).items():
-                for label, one in alone.per_class.items():
-                    counts[name][row, place[label]] = one.tp, one.fp, one.fn
-
-        def macro_f1(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-            result = {}
-            for name, count in counts.items():
-                tp, fp, fn = np.moveaxis(np.tensordot(weights, count, 1), 2, 0)
-                f1 = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-                result[name] = _row_means(np.where(tp + fn > 0, f1, np.nan))
-            return result
-
-        intervals = _intervals(len(reference), bootstrap, seed, macro_f1)
+        psds: dict[str, PSDSResult] = {}
+        frames, frame_seconds = None, None
+        if scores is not None:
+            psds = {
+                name: psds_from_scores(reference, scores, labels, durations or {}, demands)
+                for name, demands in PSDS.items()
+            }
+            lengths = np.concatenate([np.diff(np.asarray(bounds)) for _, bounds in scores.values()] or [np.zeros(0)])
+            if len(lengths):
+                frames, frame_seconds = frame_scores(reference, scores, labels), float(np.median(lengths))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    intervals = {name: f1_intervals(count, bootstrap, seed) for name, count in counts.items()} if bootstrap else {}
     present = {event.event_label for events in reference.values() for event in events}
-    without = tuple(label for label in labels if label not in present)
     return DetectionReport(
-        len(reference), scores["intersection"], scores["event_based"], scores["segment_based"], intervals, without
+        num_clips=len({*reference, *estimated}),
+        intersection=summarise(counts["intersection"]),
+        event_based=summarise(counts["event_based"]),
+        segment_based=summarise(counts["segment_based"]),
+        intervals={name: both["macro_f1"] for name, both in intervals.items() if both},
+        without_reference=tuple(label for label in labels if label not in present),
+        micro_intervals={name: both["micro_f1"] for name, both in intervals.items() if both},
+        settings=settings,
+        labels=tuple(labels),
+        psds1=psds.get("psds1"),
+        psds2=psds.get("psds2"),
+        frames=frames,
+        frame_seconds=frame_seconds,
     )
 
 
@@ -369,43 +488,8 @@ def _mean(values: NDArray[np.float64]) -> float:
     return float(present.mean()) if len(present) else math.nan
 
 
-def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return ``_mean`` of each row."""
-    counts = np.sum(~np.isnan(values), axis=1)
-    return np.where(counts > 0, np.nansum(values, axis=1) / np.maximum(counts, 1), np.nan)
-
-
 def _d_prime(area: float) -> float:
     return math.nan if math.isnan(area) else tagging.d_prime(min(1.0, max(0.0, area)))
-
-
-def _weights(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Yield how often each of ``count`` clips is in each resample, (some, count), by no more memory than needed."""
-    random = np.random.default_rng(seed)
-    done = 0
-    while done < resamples:
-        rows = min(resamples - done, max(1, _MAX_WEIGHTS // count))
-        drawn = random.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
-        done += rows
-
-
-def _intervals(
-    count: int,
-    resamples: int,
-    seed: int,
-    figures: Callable[[NDArray[np.float64]], Mapping[str, NDArray[np.float64]]],
-) -> dict[str, Interval]:
-    """Return the middle 95 % of figures over resamples of ``count`` clips; NaN where a figure is never defined."""
-    parts = [figures(weights) for weights in _weights(count, resamples, seed)]
-    intervals = {}
-    for name in parts[0]:
-        values = np.concatenate([part[name] for part in parts])
-        values = values[~np.isnan(values)]
-        # No interpolation: between a finite and an infinite d' there is nothing.
-        low, high = np.quantile(values, (0.025, 0.975), method="nearest") if len(values) else (math.nan, math.nan)
-        intervals[name] = (float(low), float(high))
-    return intervals
 
 
 class _Resampled:
@@ -434,7 +518,7 @@ class _Resampled:
         hits = weights @ (self._truth * self._given)
         positives, given = weights @ self._truth, weights @ self._given
         f1 = 2 * hits / np.maximum(positives + given, 1)
-        result["macro_f1"] = _row_means(np.where(positives > 0, f1, np.nan))
+        result["macro_f1"] = row_means(np.where(positives > 0, f1, np.nan))
         if not self._single:
             total = (positives + given).sum(axis=1)
             result["micro_f1"] = np.where(total > 0, 2 * hits.sum(axis=1) / np.maximum(total, 1), np.nan)
@@ -454,7 +538,7 @@ class _Resampled:
                 false = above - true
                 below = all_false[:, None] - false + np.diff(false, axis=1, prepend=0) / 2
                 area[:, index] = (gain * below).sum(axis=1) / (all_true * all_false)
-        result["mean_average_precision"] = _row_means(precision)
-        result["mean_roc_auc"] = _row_means(area)
+        result["mean_average_precision"] = row_means(precision)
+        result["mean_roc_auc"] = row_means(area)
         result["d_prime"] = np.asarray([_d_prime(value) for value in result["mean_roc_auc"]])
         return result

@@ -1,16 +1,20 @@
-"""``htsat data``: fetch a corpus, say what is in it and what is wrong with it, pack it."""
+"""``htsat data``: fetch a corpus, say what is in it and what is wrong with it, pack it; mix scenes of it."""
 
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from htsat.commands.console import Progress, one_line, tell
-from htsat.errors import DataError, UsageError
+from htsat.config import from_dict, to_dict
+from htsat.errors import ConfigError, DataError, UsageError
 
 if TYPE_CHECKING:
     from htsat.data.check import CheckReport, Finding
@@ -76,6 +80,8 @@ def data(
     """Check a corpus: what is in it, what cannot be read, what leaks; or download or pack it first.
 
     Exit code 1 if there are problems. Warnings are no problems.
+
+    To mix scenes with exact times of a corpus: htsat data mix EVENTS --out DIR (htsat data mix --help).
     """
     if pack is not None and verify:
         raise UsageError("--pack and --verify exclude each other; pack first, then verify the packed folder")
@@ -113,6 +119,125 @@ def data(
             print(line)
     if report.problems:
         raise typer.Exit(1)
+
+
+class Format(StrEnum):
+    """Files of ``htsat data mix``."""
+
+    wav = "wav"
+    flac = "flac"
+
+
+def mix(
+    events: Annotated[
+        Path,
+        typer.Argument(
+            metavar="EVENTS", help="A corpus as htsat data knows it, or a table of labels or events: what may sound."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the scenes; goes on if stopped, and grows.")],
+    backgrounds: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Recordings to lay behind the events.", show_default="noise")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 100,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Length of a scene.")] = 10.0,
+    sample_rate: Annotated[int, typer.Option(min=4000, max=192_000, help="Hz.")] = 32_000,
+    seed: Annotated[int, typer.Option(min=0, help="Other scenes for every seed.")] = 0,
+    max_events: Annotated[int | None, typer.Option(min=1, max=100, help="Most events.", show_default="6")] = None,
+    min_snr: Annotated[
+        float | None, typer.Option(help="Quietest event, dB above the background.", show_default="4")
+    ] = None,
+    max_snr: Annotated[float | None, typer.Option(help="Loudest event.", show_default="28")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...", help="Classes to use; with ; between them if they hold commas.", show_default="all"
+        ),
+    ] = None,
+    folds: Annotated[
+        str | None, typer.Option(metavar="1,2,...", help="Folds to take clips from.", show_default="all")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Other settings, as of [mix] in recipes: reverb=0.5 ..."),
+    ] = None,
+    format_: Annotated[Format, typer.Option("--format", help="Files of 16 bits, both without loss.")] = Format.wav,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that mix.", show_default="one per processor")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Mix scenes with exact times of single sounds: for htsat train, evaluate and calibrate.
+
+    Writes audio/, strong.tsv, weak.tsv, durations.tsv, where each event and background comes from, and mix.json.
+    A scene depends on corpus, settings, seed and its number alone. Exit code 1 if clips could not be read.
+    """
+    from htsat.data.mix import MixConfig
+    from htsat.data.scenes import SceneSettings, make_scenes
+
+    plain = {"max_events": max_events, "min_snr_db": min_snr, "max_snr_db": max_snr}
+    changes = {key: value for key, value in plain.items() if value is not None} | dict(map(_setting, set_ or ()))
+    try:
+        config = from_dict(MixConfig, to_dict(SceneSettings().config) | changes, "mix")
+        chosen = None if folds is None else [int(fold) for fold in folds.split(",")]
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    except ValueError:
+        raise UsageError(f"--folds {folds}: expected whole numbers with commas between them, e.g. 1,2,3") from None
+    with Progress() as progress:
+        made = make_scenes(
+            _open_events(events),
+            out,
+            count=count,
+            settings=SceneSettings(seconds, sample_rate, seed, format_.value, config),
+            backgrounds=backgrounds,
+            labels=None if labels is None else [label.strip() for label in labels.split(";" if ";" in labels else ",")],
+            folds=chosen,
+            jobs=jobs or _processors(),
+            progress=progress.update,
+        )
+    if as_json:
+        print(json.dumps(asdict(made) | {"folder": str(made.folder)}, indent=1))
+    else:
+        kept = f" ({made.kept:,} of them were there)" if made.kept else ""
+        print(f"{out}: {made.scenes:,} scenes{kept}, {sum(made.events.values()):,} events, {len(made.events)} classes")
+    if made.ambiguous:
+        tell(f"{made.ambiguous:,} clips have several labels and no times, and were left out")
+    for line in made.unreadable:
+        tell(line)
+    if made.unreadable:
+        raise typer.Exit(1)
+
+
+class DataCommand(TyperCommand):
+    """``htsat data``, of which ``htsat data mix`` is a command of its own; no corpus is called mix."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Return the context of the command that the arguments name."""
+        if args[:1] != ["mix"]:
+            return super().make_context(info_name, args, *rest, **extra)
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        app.command(context_settings={"help_option_names": ["-h", "--help"]})(mix)
+        return typer.main.get_command(app).make_context(f"{info_name} mix", args[1:], *rest, **extra)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Return key and value of ``key=value``."""
+    key, _, value = (part.strip() for part in text.partition("="))
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        raise UsageError(f"--set {text}: expected key=number, e.g. reverb=0.5") from None
+
+
+def _open_events(events: Path) -> "Corpus":
+    """Open what lies there: a corpus, or a table of events or labels."""
+    from htsat.data.clips import columns_of
+    from htsat.data.own import EVENT_COLUMNS
+
+    if not events.is_file():
+        return _open("auto", events)
+    return _open("strong" if {*EVENT_COLUMNS} <= {*columns_of(events)} else "csv", events)
 
 
 def _processors() -> int:

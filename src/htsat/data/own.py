@@ -41,7 +41,11 @@ def read_strong(folder: Path) -> list[Clip]:
 
 
 def _folds_of_sources(checker: Checker, table: str, has_events: dict[str, bool]) -> dict[str, set[int]]:
-    """Return the folds of every mixture; empty ones if there is no table of their sources."""
+    """Return the folds of every mixture; empty ones if there is no table of their sources.
+
+    A column ``fold`` tells them (numbers with commas between them, or nothing), else the names of the source clips,
+    which are then ESC's.
+    """
     folds: dict[str, set[int]] = defaultdict(set)
     if not (checker.folder / table).is_file():
         return folds
@@ -51,6 +55,9 @@ def _folds_of_sources(checker: Checker, table: str, has_events: dict[str, bool])
         fold = re.match(r"(\d+)-", source)
         if name not in has_events:
             checker.unknown(where, name, "durations.tsv", has_events)
+        elif "fold" in row:
+            told = [part.strip() for part in (row["fold"] or "").split(",") if part.strip()]
+            folds[name].update(checker.integer(where, "fold", part) for part in told)
         elif fold is None or int(fold[1]) < 1:
             checker.problems.append(f"{where}: expected a source clip like 1-100032-A-0, got {source!r}")
         else:

@@ -1,6 +1,7 @@
 """From corpora on disk to decoded training material in memory."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from htsat.audio.resample import read_audio
 from htsat.data.corpora import Clip, listed, read_esc, read_keywords, read_strong, read_unlabelled
-from htsat.data.mix import SceneMixer, Source, token_targets
+from htsat.data.mix import SLIVER, SceneMixer, Source, active_parts, labelled_part, token_targets
 from htsat.errors import DataError, nearest
 from htsat.events import Event
 from htsat.training.recipe import Recipe
@@ -80,7 +81,8 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
 
     folds = sorted({fold for clip in esc for fold in clip.folds})
     esc = [clip for clip in esc if clip.labels[0] in data.labels]
-    train = [clip for clip in esc if data.test_fold not in clip.folds]
+    held_out = {data.test_fold, *data.without_folds}
+    train = [clip for clip in esc if not held_out & clip.folds]
     test = [clip for clip in esc if data.test_fold in clip.folds]
     if not problems:
         problems += _contradictions(recipe, root, train, soundscapes + test_soundscapes, keywords)
@@ -89,7 +91,7 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
             problems.append(f"{root / data.esc}: no clips of the test fold {data.test_fold}; there are folds {known}")
     if problems:
         raise DataError(listed(problems))
-    soundscapes = [clip for clip in soundscapes if data.test_fold not in clip.folds]
+    soundscapes = [clip for clip in soundscapes if not held_out & clip.folds]
     test_soundscapes = [clip for clip in test_soundscapes if clip.folds == {data.test_fold}]
 
     todo = len(train) + len(soundscapes) + len(backgrounds) + len(keywords) + len(test) + len(test_soundscapes)
@@ -101,13 +103,20 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
         progress(f"reading {clip.path.name}", done / todo)
         return read_audio(clip.path, rate)
 
-    def source(clip: Clip) -> Source:
+    def whole(clip: Clip) -> Source:
+        """Return a clip as it is."""
         waveform = decode(clip)
         parts = [(e.onset, e.offset) for e in clip.events or ()] or [(0.0, len(waveform) / rate)]
-        return Source(clip.labels[0], waveform, tuple(parts))
+        return Source(clip.labels[0], waveform, tuple(parts), clip.path.name)
+
+    def source(clip: Clip) -> Source:
+        """Return the labelled part of a clip."""
+        if (found := labelled_part(clip.labels[0], decode(clip), rate, clip.events, clip.path.name)) is None:
+            raise DataError(f"{clip.path}: is silent where {clip.labels[0]} should sound; leave it out of its table")
+        return found
 
     sources = [source(clip) for clip in train]
-    sources += utterances([decode(clip) for clip in keywords], rate, recipe.train.seed)
+    sources += utterances([(clip.group, decode(clip)) for clip in keywords], rate, recipe.train.seed)
     mixer = SceneMixer(
         sources,
         [decode(clip) for clip in backgrounds],
@@ -124,7 +133,7 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     return Material(
         mixer,
         [soundscape(clip) for clip in soundscapes],
-        [source(clip) for clip in test],
+        [whole(clip) for clip in test],
         [soundscape(clip) for clip in test_soundscapes],
     )
 
@@ -145,46 +154,57 @@ def _contradictions(
             f"{root / str(data.speech)}: {len(keywords)} keywords to train on; "
             f"expected at least {KEYWORDS_PER_UTTERANCE[1]}, which one utterance may need"
         )
+    elif keywords and max(Counter(clip.group for clip in keywords).values()) < KEYWORDS_PER_UTTERANCE[0]:
+        problems.append(
+            f"{root / str(data.speech)}: no speaker has {KEYWORDS_PER_UTTERANCE[0]} keywords, which an utterance needs"
+        )
     strange = {label for clip in soundscapes for label in clip.labels} - set(data.labels)
     if strange:
         names = ", ".join(sorted(strange)) + nearest(min(strange), data.labels)
         problems.append(f"{root}: the soundscapes hold classes that the recipe lacks: {names}")
     unknown = [clip.path.name for clip in soundscapes if clip.events and not clip.folds]
-    if data.test_fold and unknown:
+    if (data.test_fold or data.without_folds) and unknown:
         problems.append(
-            f"{unknown[0]} and {len(unknown) - 1} other soundscapes may hold recordings of the test fold: "
-            "add sources.tsv, or set data.test_fold = 0"
+            f"{unknown[0]} and {len(unknown) - 1} other soundscapes may hold recordings of a fold held out: "
+            "add sources.tsv, or hold out no fold"
         )
     return problems
 
 
-def utterances(keywords: list[Waveform], rate: int, seed: int) -> list[Source]:
-    """Join spoken keywords, cut to their loud part, three to six at a time with short pauses between them."""
+def utterances(keywords: Sequence[tuple[str | None, Waveform]], rate: int, seed: int) -> list[Source]:
+    """Join spoken keywords, cut to their loud part, three to six at a time with short pauses between them.
+
+    Every utterance is of one speaker; his keywords are shuffled, since recordings come ordered by keyword.
+
+    Args:
+        keywords: speaker and waveform of each; None stands for one unknown speaker.
+        rate: Hz.
+        seed: of the order, the numbers and the pauses.
+    """
     rng = np.random.default_rng((seed, len(keywords)))
-    spoken = [loud_part(waveform, rate) for waveform in keywords]
+    spoken: dict[str, list[Waveform]] = {}
+    for speaker, waveform in keywords:
+        spoken.setdefault(speaker or "", []).append(loud_part(waveform, rate))
     sources = []
     least, most = KEYWORDS_PER_UTTERANCE
-    while len(spoken) >= most:
-        count = int(rng.integers(least, most + 1))
-        pieces = []
-        for waveform in spoken[:count]:
-            rms = float(np.sqrt(np.mean(waveform**2))) + 1e-9
-            pieces += [0.1 * waveform / rms, np.zeros(int(rng.uniform(0.02, 0.15) * rate), np.float32)]
-        joined = np.concatenate(pieces[:-1]).astype(np.float32)
-        sources.append(Source("speech", joined, ((0.0, len(joined) / rate),)))
-        spoken = spoken[count:]
+    for speaker in sorted(spoken):
+        rest = [spoken[speaker][i] for i in rng.permutation(len(spoken[speaker]))]
+        while len(rest) >= least:
+            count = int(rng.integers(least, most + 1))
+            pieces = []
+            for waveform in rest[:count]:
+                rms = float(np.sqrt(np.mean(waveform**2))) + 1e-9
+                pieces += [0.1 * waveform / rms, np.zeros(int(rng.uniform(0.02, 0.15) * rate), np.float32)]
+            joined = np.concatenate(pieces[:-1]).astype(np.float32)
+            sources.append(Source("speech", joined, ((0.0, len(joined) / rate),), f"speaker {speaker}".rstrip()))
+            rest = rest[count:]
     return sources
 
 
-def loud_part(waveform: Waveform, rate: int, below_peak_db: float = 30.0) -> Waveform:
-    """Cut a waveform to the stretch between the first and the last 20 ms within ``below_peak_db`` of the loudest."""
-    step = round(0.02 * rate)
-    if len(waveform) < step:
-        return waveform
-    frames = waveform[: len(waveform) // step * step].reshape(-1, step)
-    power = np.mean(frames**2, axis=1)
-    loud = np.flatnonzero(power > power.max() * 10 ** (-below_peak_db / 10))
-    return waveform[loud[0] * step : (loud[-1] + 1) * step] if len(loud) else waveform
+def loud_part(waveform: Waveform, rate: int) -> Waveform:
+    """Cut a waveform to the stretch from where it first sounds to where it last does; a silent one stays whole."""
+    parts = active_parts(waveform, rate)
+    return waveform[round(parts[0][0] * rate) : round(parts[-1][1] * rate)] if parts else waveform
 
 
 def training_scene(recipe: Recipe, material: Material, index: int) -> tuple[Waveform, NDArray[np.float32]]:
@@ -193,30 +213,57 @@ def training_scene(recipe: Recipe, material: Material, index: int) -> tuple[Wave
     It depends on the recipe's seed and the index only.
     """
     rng = np.random.default_rng((recipe.train.seed, index, 1))
-    chunk = round(recipe.model.chunk_seconds * recipe.frontend.sample_rate)
+    rate = recipe.frontend.sample_rate
+    chunk = round(recipe.model.chunk_seconds * rate)
     if material.soundscapes and rng.random() < recipe.train.soundscape_share:
         soundscape = material.soundscapes[rng.integers(len(material.soundscapes))]
-        waveform = np.pad(soundscape.waveform[:chunk], (0, max(0, chunk - len(soundscape.samples))))
-        # Only what the chunk holds: an event behind its end would be turned to a place where nothing sounds.
-        events = [
-            replace(event, offset=min(event.offset, recipe.model.chunk_seconds))
-            for event in soundscape.events
-            if event.onset < recipe.model.chunk_seconds
-        ]
+        waveform, events = _heard(soundscape, chunk, rate)
         # Turning the recording around a random point is as natural a mixture, and a new one.
-        turn = int(rng.integers(chunk))
+        turn = _turning_point(rng, events, chunk, rate)
         waveform = np.roll(waveform, turn) * np.float32(10 ** rng.uniform(-0.5, 0.3))
-        events = turned(events, turn / recipe.frontend.sample_rate, recipe.model.chunk_seconds)
+        events = turned(events, turn / rate, chunk / rate)
     else:
         waveform, events = material.mixer.scene(index)
-    num_frames = recipe.model.image_size * recipe.model.image_size // recipe.frontend.n_mels
-    num_tokens = num_frames // (recipe.model.patch_size << (len(recipe.model.depths) - 1))
-    targets = token_targets(events, recipe.data.labels, num_tokens, recipe.model.chunk_seconds / num_tokens)
+    checkpoint = recipe.checkpoint({})
+    targets = token_targets(events, recipe.data.labels, checkpoint.num_tokens, checkpoint.token_seconds)
     return waveform, targets
+
+
+def _heard(soundscape: Soundscape, chunk: int, rate: int) -> tuple[Waveform, list[Event]]:
+    """Return the first ``chunk`` samples of a soundscape, silence behind a shorter one, and the events in them.
+
+    Only what the chunk holds: an event behind its end would be turned to a place where nothing sounds. Of an event of
+    which the chunk holds a sliver, neither sound nor label stay.
+    """
+    waveform = np.pad(soundscape.waveform[:chunk], (0, max(0, chunk - len(soundscape.samples))))
+    end = chunk / rate
+    events = []
+    for event in soundscape.events:
+        if event.onset < end < event.offset and end - event.onset < SLIVER:
+            waveform[round(event.onset * rate) :] = 0
+        elif event.onset < end:
+            events.append(replace(event, offset=min(event.offset, end)))
+    return waveform, events
+
+
+def _turning_point(rng: np.random.Generator, events: Sequence[Event], chunk: int, rate: int) -> int:
+    """Return by how many samples to turn a recording: at random, but cutting no sliver off an event if it can be."""
+    turn = 0
+    for _ in range(20):
+        turn = int(rng.integers(chunk))
+        seam = (chunk - turn) / rate
+        if not any(
+            0 < seam - e.onset < min(SLIVER, e.duration) or 0 < e.offset - seam < min(SLIVER, e.duration)
+            for e in events
+        ):
+            break
+    return turn
 
 
 def turned(events: list[Event], by: float, duration: float) -> list[Event]:
     """Return events of a recording of ``duration`` seconds turned forward by ``by`` seconds, cut at the end.
+
+    Slivers that the cut leaves of longer events are no events.
 
     Args:
         events: inside 0 to ``duration``.
@@ -230,5 +277,6 @@ def turned(events: list[Event], by: float, duration: float) -> list[Event]:
             pieces = [(onset, min(offset, duration)), (0.0, offset - duration)]
         else:
             pieces = [(onset - duration, offset - duration)]
-        out += [Event(event.event_label, a, b) for a, b in pieces if b - a > 1e-3]
+        least = min(SLIVER, 0.5 * event.duration)
+        out += [Event(event.event_label, a, b) for a, b in pieces if b - a >= least]
     return out

@@ -31,7 +31,7 @@ def median_frames(median_seconds: float, frame_seconds: float) -> int:
     return 2 * int(np.floor(median_seconds / frame_seconds / 2 + _TOLERANCE)) + 1
 
 
-def _median_at_least(posteriors: NDArray[np.floating], threshold: float, length: int) -> NDArray[np.bool_]:
+def median_at_least(posteriors: NDArray[np.floating], threshold: float, length: int) -> NDArray[np.bool_]:
     """Return where the running median of ``posteriors`` is at or above ``threshold``.
 
     The median of an odd number of values reaches a threshold exactly where the majority of
@@ -48,38 +48,56 @@ def _median_at_least(posteriors: NDArray[np.floating], threshold: float, length:
     active: NDArray[np.bool_] = posteriors >= threshold
     if length == 1:
         return active
-    # Beyond its own length a recording holds only repeats of its edges: half a window never needs more.
     half = length // 2
-    counts = np.concatenate(([0], np.cumsum(active, dtype=np.int64)))
-    frames = np.arange(len(active))
-    first, last = frames - half, frames + half + 1
-    total = counts[np.minimum(last, len(active))] - counts[np.maximum(first, 0)]
-    total += np.maximum(-first, 0) * int(active[0]) + np.maximum(last - len(active), 0) * int(active[-1])
-    return total > half
+    padded = np.concatenate((np.full(half, active[0]), active, np.full(half, active[-1])))
+    counts = np.concatenate(([0], np.cumsum(padded, dtype=np.int32)))
+    majority: NDArray[np.bool_] = counts[length:] - counts[:-length] > half
+    return majority
 
 
 def _regions(
     posteriors: NDArray[np.floating], boundaries: NDArray[np.float64], settings: ClassDecoding, length: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return first and one-past-last frame of each event of one class, in time order."""
-    on = _median_at_least(posteriors, settings.threshold, length)
+    on = median_at_least(posteriors, settings.threshold, length)
     none = np.empty(0, dtype=np.intp)
     if not on.any():
         return none, none
     if settings.threshold_off is None or settings.threshold_off == settings.threshold:
         active = on
     else:
-        active = _median_at_least(posteriors, settings.threshold_off, length)
+        active = median_at_least(posteriors, settings.threshold_off, length)
+    starts, stops = triggered(runs(on)[0], *runs(active))
+    return joined(starts, stops, boundaries, settings.min_gap, settings.min_duration)
+
+
+def runs(active: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return first and one-past-last frame of each run of active frames, in time order."""
     edges = np.flatnonzero(np.diff(active, prepend=False, append=False))
-    starts, stops = edges[::2], edges[1::2]
-    triggers = np.concatenate(([0], np.cumsum(on, dtype=np.int64)))
-    triggered = triggers[stops] > triggers[starts]
-    starts, stops = starts[triggered], stops[triggered]
-    if settings.min_gap > 0:
-        apart = boundaries[starts[1:]] - boundaries[stops[:-1]] >= settings.min_gap - _TOLERANCE
+    return edges[::2], edges[1::2]
+
+
+def triggered(
+    on_starts: NDArray[np.intp], starts: NDArray[np.intp], stops: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return those of the regions in which a run of the upper threshold starts; such runs never leave a region."""
+    kept = np.searchsorted(on_starts, stops) > np.searchsorted(on_starts, starts)
+    return starts[kept], stops[kept]
+
+
+def joined(
+    starts: NDArray[np.intp],
+    stops: NDArray[np.intp],
+    boundaries: NDArray[np.float64],
+    min_gap: float,
+    min_duration: float,
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Merge regions with smaller gaps than ``min_gap`` between them, then drop those shorter than ``min_duration``."""
+    if min_gap > 0 and len(starts):
+        apart = boundaries[starts[1:]] - boundaries[stops[:-1]] >= min_gap - _TOLERANCE
         starts, stops = starts[np.append(True, apart)], stops[np.append(apart, True)]
-    if settings.min_duration > 0:
-        long = boundaries[stops] - boundaries[starts] >= settings.min_duration - _TOLERANCE
+    if min_duration > 0:
+        long = boundaries[stops] - boundaries[starts] >= min_duration - _TOLERANCE
         starts, stops = starts[long], stops[long]
     return starts, stops
 

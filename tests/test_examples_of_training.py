@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader
 
 from htsat.data.augment import spec_masks
 from htsat.data.corpora import Clip
-from htsat.data.mix import at_speed
 from htsat.data.reading import ClipReader
 from htsat.data.split import recording_of
-from htsat.errors import AudioError, DataError, UsageError
+from htsat.errors import AudioError, ConfigError, DataError, UsageError
 from htsat.events import Event
 from htsat.training.examples import (
     ClipExamples,
@@ -117,10 +116,11 @@ def test_events_follow_the_waveform(settings, seconds, onset, offset):
         for event in events:
             assert event.event_label == "dog" and 0 <= event.onset < event.offset <= SECONDS + 1e-9
             drawn[round(event.onset * RATE) : round(event.offset * RATE)] = True
-        # Edges are smoothed by the change of speed, and pieces below a millisecond are dropped.
-        wrong = int((drawn[:-1] != (waveform != 0)).sum())
-        assert wrong <= 12, (seed, wrong)
-        durations.add(round(float(np.mean(waveform != 0)), 3))
+        # Edges ring after a change of speed (below a tenth of the step); slivers that turning leaves are dropped.
+        sounding = np.abs(waveform) > 0.12
+        wrong = int((drawn[:-1] != sounding).sum())
+        assert wrong <= 12 + ("roll" in settings) * 0.05 * RATE, (seed, wrong)
+        durations.add(round(float(np.mean(sounding)), 3))
     assert len(durations) > 1 or "speed" not in settings
 
 
@@ -145,16 +145,6 @@ def test_moved_events_by_hand():
     assert moved(events, -1.5, 1.0, 3.0) == (Event("dog", 0.0, 0.5), Event("rain", 1.5, 3.0))
     assert moved(events, 0.0, 0.5, math.inf) == (Event("dog", 0.5, 1.0), Event("rain", 1.5, 3.0))
     assert moved(events, -2.0, 1.0, 1.0) == () and moved(None, 1.0, 1.0, 1.0) is None
-
-
-@pytest.mark.parametrize("speed", [0.5, 2 / 3, 0.9, 1.0, 1.1, 4 / 3, 2.0, 7 / 3])
-@pytest.mark.parametrize("length", [16, 17, 50, 1001])
-def test_speed_is_linear_interpolation(speed, length):
-    waveform = np.random.default_rng(0).standard_normal(length).astype(np.float32)
-    places = np.arange(0, length - 1, speed)
-    found = at_speed(waveform, speed)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, np.interp(places, np.arange(length), waveform), atol=1e-5)
 
 
 # ------------------------------------------------------------------ mixtures
@@ -435,9 +425,18 @@ def test_the_test_fold_is_held_out(esc, fold):
 
 def test_all_folds_are_trained_on_without_a_test_fold(esc):
     assert len(opened(esc).train_clips) == 30
-    with pytest.raises(DataError, match=r"no clips of the test fold 9; there are folds 1, 2, 3, 4, 5"):
+    with pytest.raises(DataError, match=r"no clips of the held-out fold 9; there are folds 1, 2, 3, 4, 5"):
         opened(esc, "data.test_fold=9")
     assert folds_in(opened(esc).recipe, esc) == [1, 2, 3, 4, 5]
+
+
+def test_folds_kept_out_are_neither_trained_on_nor_scored(esc):
+    data = opened(esc, "data.test_fold=2", "data.without_folds=[1, 4]")
+    assert {name[0] for name in names(data.train_clips)} == {"3", "5"} and {n[0] for n in names(data.test)} == {"2"}
+    with pytest.raises(DataError, match=r"no clips of the held-out fold 9"):
+        opened(esc, "data.without_folds=[9]")
+    with pytest.raises(ConfigError, match="test_fold 2 is among without_folds"):
+        opened(esc, "data.test_fold=2", "data.without_folds=[2]")
 
 
 def test_the_selection_share_has_no_recording_in_common(esc):

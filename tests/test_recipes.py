@@ -49,6 +49,17 @@ def test_a_recipe_for_classes(tmp_path):
     assert several.checkpoint({}).objective == "multi_label"
 
 
+@pytest.mark.parametrize("architecture", ["cnn14", "crnn"])
+@pytest.mark.parametrize("name", ["everyday", "events", "esc50"])
+def test_baselines_train_by_the_same_recipes(name, architecture):
+    ours = load_recipe(name)
+    recipe = load_recipe(name, [f"model.architecture={architecture}"])
+    same = dataclasses.replace(recipe, model=ours.model)
+    assert same == ours and recipe.model.architecture == architecture and not recipe.model.fine_frames
+    with pytest.raises(ConfigError, match="embed_dim is a setting of htsat"):
+        load_recipe(name, [f"model.architecture={architecture}", "model.embed_dim=32"])
+
+
 def test_overrides():
     recipe = load_recipe(
         "everyday",

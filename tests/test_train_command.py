@@ -1,5 +1,6 @@
 """``htsat train``: what it prints, what it leaves, and one line with the right exit code for whatever is wrong."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,9 @@ from miniature import TINY_CLIPS
 from miniature_corpora import make_esc50, make_speech_commands
 
 import htsat.cli
+from htsat.data.corpora import open_corpus
 from htsat.errors import HtsatError
+from htsat.evaluation.evaluate import fingerprint
 from htsat.model.checkpoint import read_config
 from htsat.training import loop
 from htsat.training.recipe import load_recipe, recipe_json
@@ -77,6 +80,14 @@ def test_json_is_the_report(run, esc, finished, tmp_path):
     shown, end = json.JSONDecoder().raw_decode(text)
     assert shown == json.loads((out / "report.json").read_text())
     assert text[end:].strip() in ("", str(out / "model.safetensors"))
+
+
+def test_the_checkpoint_tells_what_it_was_trained_on(esc, finished):
+    """The same clips, read anew, have the fingerprint that it holds; without a fold fewer are trained on."""
+    corpus = open_corpus("esc50", esc, labels=FEW)
+    clips = tuple(clip for clip in corpus.clips if 1 not in clip.folds)
+    told = read_config(finished / "model.safetensors").provenance["trained_on"]
+    assert told == fingerprint(dataclasses.replace(corpus, clips=clips)) != fingerprint(corpus)
 
 
 def test_show_prints_the_resolved_recipe(run, tmp_path):

@@ -171,7 +171,8 @@ def test_each_parameter_is_in_one_group(stem):
     for name in decay:
         assert name.endswith(
             ("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight", "reduction.weight", "token_semantic.weight",
-             "patch_embed.proj.weight", "0.weight", "3.weight")
+             "patch_embed.proj.weight", "0.weight", "3.weight", "fine.spectrum.weight", "sources.1.weight",
+             "sources.2.weight", "time.weight", "fine.out.weight")
         ), name  # fmt: skip
     for name in rest:
         last = (".bias", "relative_position_bias_table", "frequency_embedding", "1.weight", "4.weight")
@@ -186,7 +187,7 @@ def test_groups_of_published_training_and_of_a_slow_body():
     assert {weight_decay for weight_decay, _, _ in groups(decay_all=True)} == {0.05}
     found = groups(body_rate=0.1)
     head = {name for _, rate, names in found if rate == 1.0 for name in names}
-    assert head == {"token_semantic.weight", "token_semantic.bias"}
+    assert head == {"token_semantic.weight", "token_semantic.bias", "fine.out.weight", "fine.out.bias"}
     assert all(rate == 0.1 for _, rate, names in found if not head & set(names))
 
 
@@ -279,7 +280,7 @@ def test_distillation_pulls_to_the_teacher(loss):
 
 def test_scenes_of_soundscapes_longer_than_a_chunk(root):
     """An event behind the end of the chunk must not come back at its beginning."""
-    recipe = tiny("train.soundscape_share=1.0", "train.seed=3")
+    recipe = tiny("train.soundscape_share=1.0", "train.seed=3", "model.fine_frames=0")
     rate, labels = recipe.frontend.sample_rate, recipe.data.labels
     samples = np.zeros(8 * rate, np.int16)
     events = (Event("dog", 1.0, 2.0), Event("rain", 4.0, 7.0), Event("rooster", 6.0, 7.0))
@@ -294,7 +295,7 @@ def test_scenes_of_soundscapes_longer_than_a_chunk(root):
 
 
 def test_scenes_of_short_soundscapes_are_filled_with_silence(root):
-    recipe = tiny("train.soundscape_share=1.0")
+    recipe = tiny("train.soundscape_share=1.0", "model.fine_frames=0")
     samples = np.full(2 * recipe.frontend.sample_rate, 9000, np.int16)
     found = material.Material(None, [Soundscape("short", samples, (Event("dog", 0.0, 2.0),))], [], [])
     waveform, targets = training_scene(recipe, found, 0)
@@ -341,7 +342,7 @@ def test_report_and_checkpoint(root, finished):
     out = finished("float32")
     report = json.loads((out / "report.json").read_text())
     assert (report["test_fold"], report["clips"], report["soundscapes"], report["steps"]) == (4, 10, 6, STEPS)
-    for name in ("accuracy_pad", "accuracy_tile", "intersection_macro_f1", "event_based_macro_f1"):
+    for name in ("accuracy_pad", "accuracy_tile", "intersection_macro_f1", "event_based_macro_f1", "psds1", "psds2"):
         assert 0 <= report[name] <= 1, name
 
     model, config = load_checkpoint(out / "model.safetensors")
@@ -662,10 +663,11 @@ def test_mixed_inputs_by_hand():
                 features[0],
             ]
         )
-        clipwise, framewise = model.classify(model.encode(mixed))
+        expected = model.analyse(mixed)
         found = network(log_mel, keep, shares)
-        torch.testing.assert_close(found[0], clipwise)
-        torch.testing.assert_close(found[1], framewise)
+        torch.testing.assert_close(found[0], expected.clipwise)
+        torch.testing.assert_close(found[1], expected.framewise)
+        torch.testing.assert_close(found[2], expected.coarse)
         plain = network(log_mel, None, None)
         torch.testing.assert_close(plain[0], model.classify(model.encode(model.normalise(log_mel)))[0])
 
@@ -873,13 +875,46 @@ def test_loss_falls_and_the_held_out_fold_is_recognised(root, tmp_path):
 
 def test_detection_of_the_report_uses_the_recipes_decoding(root, tmp_path, finished):
     """With a threshold that every token reaches, each class sounds from the beginning to the end of each recording."""
-    from htsat.training.validate import detect_soundscapes
+    from htsat.training.validate import hear_soundscapes
 
     model, _ = load_checkpoint(finished("float32") / "model.safetensors")
     recipe = dataclasses.replace(tiny(), decoding=DecodingConfig(threshold=0.0))
     short = Soundscape("short", np.zeros(3 * 8000 + 100, np.int16), ())
     full = Soundscape("full", np.zeros(5 * 8000, np.int16), ())
-    found = detect_soundscapes(model, recipe, [short, full])
+    found = hear_soundscapes(model, recipe, [short, full])
     for name, duration in (("short", 3.0125), ("full", 5.0)):
-        assert {e.event_label for e in found[name]} == set(recipe.data.labels)
-        assert all((e.onset, e.offset) == (0.0, pytest.approx(duration)) for e in found[name])
+        assert {e.event_label for e in found[name].events} == set(recipe.data.labels)
+        assert all((e.onset, e.offset) == (0.0, pytest.approx(duration)) for e in found[name].events)
+
+
+def test_scores_of_soundscapes_are_those_of_a_predictor(finished):
+    from htsat.metrics.detection import event_based, intersection_based
+    from htsat.metrics.psds import PSDS1, PSDS2, psds_from_scores
+    from htsat.predict import Predictor
+    from htsat.training.validate import score_held_out
+
+    path = finished("float32") / "model.safetensors"
+    model, config = load_checkpoint(path)
+    recipe = dataclasses.replace(tiny(), decoding=DecodingConfig(threshold=0.5))
+    random = np.random.default_rng(4)
+    # Events of two classes only: what the model says of the others is not scored.
+    soundscapes = []
+    for i in range(16):
+        seconds = 3.0 + i % 3
+        samples = (random.standard_normal(round(seconds * 8000)) * 300 * 30 ** (i % 2)).astype(np.int16)
+        events = tuple(Event(config.labels[c], 0.5 * c, seconds) for c in range(min(i, 2)))
+        soundscapes.append(Soundscape(f"{i}", samples, events))
+    found = score_held_out(model, recipe, material.Material(None, [], [], soundscapes), lambda line, share: None)
+    predictor = Predictor(path, device="cpu", decoding=recipe.decoding)
+    said = {s.name: predictor.predict((s.waveform, 8000), spectrogram=False) for s in soundscapes}
+    reference = {s.name: s.events for s in soundscapes}
+    estimated = {name: one.events for name, one in said.items()}
+    scores = {name: (one.framewise_posteriors, one.frame_boundaries) for name, one in said.items()}
+    durations = {name: one.duration for name, one in said.items()}
+    for name, settings in (("psds1", PSDS1), ("psds2", PSDS2)):
+        assert found[name] == psds_from_scores(reference, scores, config.labels, durations, settings).value
+    for name, metric in (("intersection_macro_f1", intersection_based), ("event_based_macro_f1", event_based)):
+        assert found[name] == metric(reference, estimated, labels=config.labels[:2]).macro_f1
+        low, high = found["intervals"][name]
+        assert low <= found[name] <= high
+    assert found["psds2"] > 0 and found["soundscapes"] == 16

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
-from htsat.errors import ConfigError, nearest
+from htsat.errors import ConfigError, UsageError, nearest
 
 T = TypeVar("T")
 
@@ -141,10 +141,15 @@ class FrontendConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture. Defaults: the published tiny variant (31 M parameters with 527 classes)."""
+    """Architecture. Defaults: the published tiny variant of HTS-AT (31 M parameters with 527 classes).
+
+    A setting that means nothing to the architecture must keep its default (``USED_BY``).
+    """
 
     num_classes: int = 527
     """Outputs; 0 builds the encoder alone (CLAP audio towers)."""
+    architecture: Literal["htsat", "cnn14", "crnn"] = "htsat"
+    """``htsat``, or a baseline trained and used in the same way: ``cnn14`` (PANNs) or ``crnn`` (DCASE task 4)."""
     embed_dim: int = 96
     """Width of the first stage; it doubles with every stage."""
     depths: tuple[int, ...] = (2, 2, 6, 2)
@@ -169,11 +174,47 @@ class ModelConfig:
     """True: the token-semantic head; False: the paper's head without it (mean token, then linear)."""
     clip_pooling: Literal["mean", "logmeanexp"] = "mean"
     """How token logits become clip logits: ``mean`` (published) or ``logmeanexp`` (a smooth maximum)."""
+    fine_frames: int = 0
+    """Log-mel frames per time step of the fine head, which a token must hold a whole number of; 4 are 39 ms in the
+    published front end. 0: there is none, and the framewise output has the time steps of the tokens."""
+    fine_width: int = 96
+    """Width of the fine head."""
     chunk_seconds: float = 10.0
-    """Seconds of sound that fill the square: their log-mel frames are stretched to it by a constant factor."""
+    """Seconds of sound that the network takes at once. Their log-mel frames are stretched by a constant factor: to fill
+    the square or, for the baselines, to the next multiple of 32 (and not at all if they are one)."""
+    decision: Literal["max", "att", "clip"] = "max"
+    """cnn14: a clip is its most probable frame (``max``, published as Cnn14_DecisionLevelMax), a mean of its frames
+    weighted by attention (``att``, Cnn14_DecisionLevelAtt), or classified as a whole (``clip``, Cnn14)."""
+    cnn_width: int | None = None
+    """cnn14, crnn: channels of the first convolutions, of which the last have 32 and 8 times as many; None: as
+    published, 64 and 16."""
+    cnn_dropout: float | None = None
+    """cnn14, crnn: rate of dropout after each block of convolutions in training; None: as published, 0.2 and 0.5."""
+    head_dropout: float = 0.5
+    """cnn14, crnn: rate of dropout before the classifier (and before the layer before it) in training."""
+    rnn_width: int = 128
+    """crnn: units of a recurrent layer in each direction."""
 
     def __post_init__(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, architectures in USED_BY.items():
+            if self.architecture not in architectures and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} is a setting of {' and '.join(architectures)}, but the architecture is "
+                    f"{self.architecture!r}; leave it {defaults[name]!r}"
+                )
         _check("num_classes", self.num_classes, 0, 100_000)
+        _check("chunk_seconds", self.chunk_seconds, 0.5, 60)
+        if self.architecture == "htsat":
+            self._check_stages()
+        else:
+            _check("cnn_width", self.conv_channels[0], 1, 128)
+            _check("cnn_dropout", self.conv_dropout, 0, 0.9)
+            _check("head_dropout", self.head_dropout, 0, 0.9)
+            _check("rnn_width", self.rnn_width, 1, 1024)
+
+    def _check_stages(self) -> None:
+        """Check what HTS-AT alone has."""
         _check("embed_dim", self.embed_dim, 8, 1024)
         if not 1 <= len(self.depths) <= 6 or len(self.depths) != len(self.num_heads):
             raise ConfigError(
@@ -194,7 +235,12 @@ class ModelConfig:
         _check("image_size", self.image_size, 16, 2048)
         _check("mlp_ratio", self.mlp_ratio, 0.5, 16)
         _check("drop_path", self.drop_path, 0, 0.9)
-        _check("chunk_seconds", self.chunk_seconds, 0.5, 60)
+        _check("fine_frames", self.fine_frames, 0, self.token_frames)
+        if self.fine_frames and self.token_frames % self.fine_frames:
+            raise ConfigError(
+                f"fine_frames {self.fine_frames} does not divide the {self.token_frames} frames of a token"
+            )
+        _check("fine_width", self.fine_width, 8, 1024)
         # Each number may be in bounds while all together ask for more memory than any machine has.
         per_square = 4 + 2 * self.mlp_ratio
         weights = sum(depth * per_square * (self.embed_dim << stage) ** 2 for stage, depth in enumerate(self.depths))
@@ -210,6 +256,51 @@ class ModelConfig:
                 raise ConfigError(
                     f"stage {stage} has {resolution} tokens a side, no multiple of window_size {self.window_size}"
                 )
+
+    @property
+    def conv_channels(self) -> tuple[int, ...]:
+        """Channels of the blocks of convolutions of ``cnn14`` and ``crnn``; ``htsat`` has none."""
+        if self.architecture == "htsat":
+            return ()
+        if self.architecture == "cnn14":
+            return tuple((64 if self.cnn_width is None else self.cnn_width) << i for i in range(6))
+        return tuple((16 if self.cnn_width is None else self.cnn_width) << min(i, 3) for i in range(7))
+
+    @property
+    def conv_dropout(self) -> float:
+        """Rate of dropout after each of these blocks."""
+        if self.cnn_dropout is not None:
+            return self.cnn_dropout
+        return 0.2 if self.architecture == "cnn14" else 0.5
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of the (stretched) log-mel from one token to the next."""
+        if self.architecture == "htsat":
+            return self.patch_size << (len(self.depths) - 1)
+        return 32 if self.architecture == "cnn14" else 4
+
+
+#: setting of ``ModelConfig`` -> the architectures that it means something to; those not named are for all
+USED_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "embed_dim", "depths", "num_heads", "window_size", "patch_size", "stem", "image_size",
+            "frequency_embedding", "mlp_ratio", "drop_path", "token_semantic", "clip_pooling", "fine_frames",
+            "fine_width",
+        ),
+        ("htsat",),
+    ),
+    "decision": ("cnn14",),
+    **dict.fromkeys(("cnn_width", "cnn_dropout", "head_dropout"), ("cnn14", "crnn")),
+    "rnn_width": ("crnn",),
+}  # fmt: skip
+#: the fine head: width of its convolutions over time, in steps
+FINE_KERNEL = 7
+#: and the distances between the steps that each of them looks at: in all 43 steps, 1.7 s of 39 ms each
+FINE_DILATIONS = (1, 2, 4)
+#: the baselines take a whole number of so many frames, of which ``cnn14`` makes one token
+_CNN_FRAMES = 32
 
 
 @dataclass(frozen=True)
@@ -266,6 +357,34 @@ class DecodingConfig(ClassDecoding):
 
 
 @dataclass(frozen=True)
+class LogitCalibration:
+    """What makes logits tell probabilities: ``scale * logit + bias`` (Platt scaling) before the sigmoid or softmax."""
+
+    scale: tuple[float, ...] = ()
+    """One per class, or a single one for all (the inverse of a temperature); none: 1."""
+    bias: tuple[float, ...] = ()
+    """One per class, or none: 0."""
+
+    def __post_init__(self) -> None:
+        for value in self.scale:
+            _check("scale", value, 0.01, 100)
+        for value in self.bias:
+            _check("bias", value, -100, 100)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return any(value != 1 for value in self.scale) or any(value != 0 for value in self.bias)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How the logits of clips and of frames become calibrated before they become posteriors."""
+
+    clipwise: LogitCalibration = field(default_factory=LogitCalibration)
+    framewise: LogitCalibration = field(default_factory=LogitCalibration)
+
+
+@dataclass(frozen=True)
 class InferenceConfig:
     """How a recording of any length is given to the model."""
 
@@ -279,9 +398,15 @@ class InferenceConfig:
     """Seconds between the starts of overlapping chunks of longer recordings."""
     clip_pooling: Literal["max", "mean", "top"] = "max"
     """Clip posteriors over chunks: largest, mean, or mean of the largest quarter."""
+    shifts: int = 1
+    """How often each chunk is heard for the framewise output, each time moved by another part of a time step, which
+    makes the time steps so much finer. 1: once, at the model's own time steps."""
+    classes: Literal["desed", "desed-published"] | None = None
+    """Count AudioSet's classes as those of another label set; see ``htsat.labels.class_map``. None: no."""
 
     def __post_init__(self) -> None:
         _check("chunk_part", self.chunk_part, 1, 1024)
+        _check("shifts", self.shifts, 1, 32)
         _check("hop_seconds", self.hop_seconds, 0.1, 60)
 
 
@@ -298,7 +423,11 @@ class CheckpointConfig:
     framewise: Literal["sigmoid", "softmax"] = "sigmoid"
     """What framewise posteriors are of the token logits. ``sigmoid`` as published, also for models of exactly one
     label, whose logits mean nothing one by one; ``softmax`` for those that we train."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Found by ``htsat calibrate``; without it posteriors are what the network says."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    operating_points: dict[str, DecodingConfig] = field(default_factory=dict)
+    """Other decoding settings that can be chosen by name, such as ``high_precision``; see ``decoding_at``."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from: source, data, recipe, figures. For people; never interpreted."""
@@ -312,11 +441,43 @@ class CheckpointConfig:
         if len(set(self.labels)) != len(self.labels):
             twice = next(label for label in self.labels if self.labels.count(label) > 1)
             raise ConfigError(f"label {twice!r} occurs twice")
-        for label in self.decoding.per_class:
-            if label not in self.labels:
+        points = {f"operating point {name!r}": decoding for name, decoding in self.operating_points.items()}
+        for what, decoding in {"decoding": self.decoding, **points}.items():
+            for label in decoding.per_class:
+                # Labels of another set are known where that set is; see ``htsat.labels.counted_classes``.
+                if label not in self.labels and self.inference.classes is None:
+                    raise ConfigError(
+                        f"{what} names the label {label!r} that the model lacks{nearest(label, self.labels)}"
+                    )
+        for name in self.operating_points:
+            if not name.replace("_", "a").isalnum():
                 raise ConfigError(
-                    f"decoding names the label {label!r} that the model lacks{nearest(label, self.labels)}"
+                    f"expected letters, digits and underscores as the name of an operating point, got {name!r}"
                 )
+        self._check_calibration()
+        frontend, model = self.frontend, self.model
+        if model.architecture == "htsat":
+            self._check_square()
+        elif model.architecture == "cnn14" and frontend.n_mels < 32:
+            raise ConfigError(f"cnn14 halves the mel bins five times: n_mels must be 32 or more, got {frontend.n_mels}")
+        if self.inference.chunk_part not in self.native_sizes:
+            raise ConfigError(
+                f"chunk_part {self.inference.chunk_part} is none of the parts of a chunk that the model takes: "
+                f"{', '.join(map(str, self.native_sizes))}"
+            )
+        heard_seconds = model.chunk_seconds / self.inference.chunk_part
+        if self.inference.hop_seconds > heard_seconds:
+            raise ConfigError(
+                f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {heard_seconds:g} s"
+            )
+        if self.heard_frames > self.heard_samples:
+            raise ConfigError(
+                f"shifts {self.inference.shifts} gives {self.heard_frames} time steps in {self.heard_samples} samples; "
+                f"choose at most {self.heard_samples // self.heard_tokens}"
+            )
+
+    def _check_square(self) -> None:
+        """Check that the spectrogram of a chunk can be folded to the square of HTS-AT."""
         frontend, model = self.frontend, self.model
         if model.image_size % frontend.n_mels:
             raise ConfigError(f"image_size {model.image_size} must be a multiple of n_mels {frontend.n_mels}")
@@ -331,16 +492,31 @@ class CheckpointConfig:
                 f"chunk_seconds {model.chunk_seconds:g} gives {self.chunk_samples // frontend.hop_length + 1} frames, "
                 f"more than the {self.num_frames} that fit the square"
             )
-        if self.inference.chunk_part not in self.native_sizes:
-            raise ConfigError(
-                f"chunk_part {self.inference.chunk_part} is none of the parts of a chunk that the model takes: "
-                f"{', '.join(map(str, self.native_sizes))}"
-            )
-        heard_seconds = model.chunk_seconds / self.inference.chunk_part
-        if self.inference.hop_seconds > heard_seconds:
-            raise ConfigError(
-                f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {heard_seconds:g} s"
-            )
+
+    def _check_calibration(self) -> None:
+        """Refuse calibrations of another number of classes, and those that single labels do not have."""
+        for name in ("clipwise", "framewise"):
+            calibration: LogitCalibration = getattr(self.calibration, name)
+            if len(calibration.scale) not in (0, 1, len(self.labels)) or len(calibration.bias) not in (
+                0,
+                len(self.labels),
+            ):
+                raise ConfigError(
+                    f"calibration.{name} has {len(calibration.scale)} scales and {len(calibration.bias)} biases for "
+                    f"{len(self.labels)} classes; give one for each"
+                )
+
+    def decoding_at(self, operating_point: str) -> DecodingConfig:
+        """Return the decoding settings of an operating point.
+
+        Raises:
+            UsageError: the checkpoint has none of this name.
+        """
+        known = self.operating_points
+        if operating_point in known:
+            return known[operating_point]
+        have = f"the model has {', '.join(known)}" if known else "the model has none; htsat calibrate finds some"
+        raise UsageError(f"unknown operating point {operating_point!r}{nearest(operating_point, known)}; {have}")
 
     @property
     def chunk_samples(self) -> int:
@@ -358,20 +534,32 @@ class CheckpointConfig:
         return self.num_tokens // self.inference.chunk_part
 
     @property
+    def heard_frames(self) -> int:
+        """Time steps of the framewise output that shifted hearings of such a chunk make together."""
+        return self.heard_tokens * self.inference.shifts
+
+    @property
     def num_frames(self) -> int:
-        """Log-mel frames that fill the square."""
-        return self.model.image_size * (self.model.image_size // self.frontend.n_mels)
+        """Log-mel frames that a chunk is brought to: as many as fill the square; for the baselines a multiple of 32."""
+        if self.model.architecture == "htsat":
+            return self.model.image_size * (self.model.image_size // self.frontend.n_mels)
+        return -(-self.chunk_samples // (_CNN_FRAMES * self.frontend.hop_length)) * _CNN_FRAMES
+
+    @property
+    def stretches(self) -> bool:
+        """Whether the log-mel of a chunk is stretched to ``num_frames``; else these are its own."""
+        return self.num_frames * self.frontend.hop_length != self.chunk_samples
 
     @property
     def num_tokens(self) -> int:
-        """Time steps of the framewise output of one chunk."""
-        return self.num_frames // (self.model.patch_size << (len(self.model.depths) - 1))
+        """Time steps of the framewise output of one chunk: tokens, or the finer steps of the fine head."""
+        return self.num_frames // (self.model.fine_frames or self.model.token_frames)
 
     @property
     def native_sizes(self) -> tuple[int, ...]:
-        """Parts of a chunk that the stages also take, as divisors from 1 on: 2 is half a chunk, 4 a quarter.
+        """Parts of a chunk that the network also takes, as divisors from 1 on: 2 is half a chunk, 4 a quarter.
 
-        A shorter clip is a smaller picture: fewer stretches of time above each other, then a narrower one.
+        For HTS-AT a shorter clip is a smaller picture: fewer stretches of time above each other, then a narrower one.
         """
         sizes = [1]
         while self._takes(2 * sizes[-1]):
@@ -382,6 +570,8 @@ class CheckpointConfig:
         """Return whether every stage can be cut into windows, and merged, at this part of a chunk."""
         model = self.model
         frames = self.num_frames // divisor
+        if model.architecture != "htsat":
+            return self.num_frames % (divisor * _CNN_FRAMES) == 0 and frames // model.token_frames >= 2
         if self.num_frames % divisor or (frames > model.image_size and frames % model.image_size):
             return False
         rows = max(1, frames // model.image_size) * self.frontend.n_mels

@@ -11,11 +11,11 @@ import torch
 
 from htsat.config import CheckpointConfig, to_dict
 from htsat.errors import CheckpointError, UsageError
+from htsat.model.base import SoundModel
 from htsat.model.checkpoint import load_checkpoint
-from htsat.model.htsat import HTSAT
 
 
-def average_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> HTSAT:
+def average_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> SoundModel:
     """Return a model whose weights are the mean of those of several checkpoints.
 
     Weights and running statistics are averaged in double precision, whole numbers (the batch counter of the batch
@@ -35,7 +35,7 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]]) -> HTSAT:
     if not paths:
         raise UsageError("no checkpoints to average; give at least one")
     total: dict[str, torch.Tensor] = {}
-    first: tuple[HTSAT, CheckpointConfig] | None = None
+    first: tuple[SoundModel, CheckpointConfig] | None = None
     for path in paths:
         model, config = load_checkpoint(path)
         if first is None:

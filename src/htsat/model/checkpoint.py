@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from htsat.config import CheckpointConfig, from_dict, to_dict
+from htsat.config import FINE_DILATIONS, FINE_KERNEL, CheckpointConfig, from_dict, to_dict
 from htsat.errors import CheckpointError, ConfigError, OutputError, UsageError
 from htsat.files import write_atomic
 
 if TYPE_CHECKING:
-    from htsat.model.htsat import HTSAT
+    from htsat.model.base import SoundModel
 
 #: number of the file format that this version writes and reads
 FORMAT = 1
@@ -56,36 +56,45 @@ class Header:
 
 
 def tensor_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor in the state dict of ``HTSAT(config.frontend, config.model)``.
+    """Return name and shape of every tensor in the state dict of ``build_model(config.frontend, config.model)``.
 
     Computed without building anything, so that a file can be refused before memory is asked for.
     """
+    shapes = _Shapes()
+    shapes.batch_norm("mel_norm", config.frontend.n_mels)
+    add = {"htsat": _htsat_shapes, "cnn14": _cnn14_shapes, "crnn": _crnn_shapes}[config.model.architecture]
+    add(shapes, config)
+    return shapes
+
+
+class _Shapes(dict[str, tuple[int, ...]]):
+    """Tensor name -> shape, filled layer by layer."""
+
+    def norm(self, name: str, width: int) -> None:
+        self[f"{name}.weight"] = self[f"{name}.bias"] = (width,)
+
+    def linear(self, name: str, rows: int, columns: int) -> None:
+        self[f"{name}.weight"], self[f"{name}.bias"] = (rows, columns), (rows,)
+
+    def batch_norm(self, name: str, width: int) -> None:
+        self.norm(name, width)
+        self[f"{name}.running_mean"] = self[f"{name}.running_var"] = (width,)
+        self[f"{name}.num_batches_tracked"] = ()
+
+
+def _htsat_shapes(shapes: _Shapes, config: CheckpointConfig) -> None:
     model, frontend = config.model, config.frontend
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
-
-    def batch_norm(name: str, width: int) -> None:
-        norm(name, width)
-        shapes[f"{name}.running_mean"] = shapes[f"{name}.running_var"] = (width,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    batch_norm("mel_norm", frontend.n_mels)
     if model.stem == "patch":
-        linear("patch_embed.proj", model.embed_dim, model.patch_size**2)
+        shapes.linear("patch_embed.proj", model.embed_dim, model.patch_size**2)
     else:
         levels, inputs = model.patch_size.bit_length() - 1, 1
         for level in range(levels):
             outputs = model.embed_dim >> (levels - 1 - level)
             for i in range(2):
                 shapes[f"patch_embed.blocks.{level}.{3 * i}.weight"] = (outputs, inputs, 3, 3)
-                batch_norm(f"patch_embed.blocks.{level}.{3 * i + 1}", outputs)
+                shapes.batch_norm(f"patch_embed.blocks.{level}.{3 * i + 1}", outputs)
                 inputs = outputs
-    norm("patch_embed.norm", model.embed_dim)
+    shapes.norm("patch_embed.norm", model.embed_dim)
     if model.frequency_embedding:
         shapes["frequency_embedding"] = (frontend.n_mels // model.patch_size, model.embed_dim)
     for i, (depth, heads) in enumerate(zip(model.depths, model.num_heads, strict=True)):
@@ -94,26 +103,76 @@ def tensor_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
         hidden = int(width * model.mlp_ratio)
         for j in range(depth):
             block = f"stages.{i}.blocks.{j}"
-            norm(f"{block}.norm1", width)
-            linear(f"{block}.attn.qkv", 3 * width, width)
-            linear(f"{block}.attn.proj", width, width)
+            shapes.norm(f"{block}.norm1", width)
+            shapes.linear(f"{block}.attn.qkv", 3 * width, width)
+            shapes.linear(f"{block}.attn.proj", width, width)
             shapes[f"{block}.attn.relative_position_bias_table"] = ((2 * window - 1) ** 2, heads)
-            norm(f"{block}.norm2", width)
-            linear(f"{block}.mlp.fc1", hidden, width)
-            linear(f"{block}.mlp.fc2", width, hidden)
+            shapes.norm(f"{block}.norm2", width)
+            shapes.linear(f"{block}.mlp.fc1", hidden, width)
+            shapes.linear(f"{block}.mlp.fc2", width, hidden)
         if i < len(model.depths) - 1:
-            norm(f"stages.{i}.merge.norm", 4 * width)
+            shapes.norm(f"stages.{i}.merge.norm", 4 * width)
             shapes[f"stages.{i}.merge.reduction.weight"] = (2 * width, 4 * width)
     last = len(model.depths) - 1
     width = model.embed_dim << last
-    norm("norm", width)
+    shapes.norm("norm", width)
     if model.num_classes and model.token_semantic:
         rows = (model.image_size // model.patch_size >> last) // (model.image_size // frontend.n_mels)
         shapes["token_semantic.weight"] = (model.num_classes, width, rows, 3)
         shapes["token_semantic.bias"] = (model.num_classes,)
     elif model.num_classes:
-        linear("head", model.num_classes, width)
-    return shapes
+        shapes.linear("head", model.num_classes, width)
+    if model.num_classes and model.fine_frames:
+        _fine_shapes(shapes, config)
+
+
+def _fine_shapes(shapes: _Shapes, config: CheckpointConfig) -> None:
+    model, n_mels, width = config.model, config.frontend.n_mels, config.model.fine_width
+    shapes["fine.spectrum.weight"] = (width, n_mels, 3 * model.fine_frames)
+    shapes["fine.spectrum.bias"] = (width,)
+    for stage in range(len(model.depths)):
+        # Each stage has half the frequencies of the one before, and twice its width.
+        shapes.linear(f"fine.sources.{stage}", width, n_mels // model.patch_size * model.embed_dim)
+    for i in range(len(FINE_DILATIONS)):
+        block = f"fine.mixing.{i}"
+        shapes.norm(f"{block}.norm", width)
+        shapes[f"{block}.time.weight"], shapes[f"{block}.time.bias"] = (width, 1, FINE_KERNEL), (width,)
+        shapes.linear(f"{block}.fc1", 2 * width, width)
+        shapes.linear(f"{block}.fc2", width, 2 * width)
+    shapes.norm("fine.norm", width)
+    shapes.linear("fine.out", model.num_classes, width)
+
+
+def _cnn14_shapes(shapes: _Shapes, config: CheckpointConfig) -> None:
+    model, inputs = config.model, 1
+    for i, outputs in enumerate(model.conv_channels):
+        for j in (1, 2):
+            shapes[f"blocks.{i}.conv{j}.weight"] = (outputs, inputs, 3, 3)
+            shapes.batch_norm(f"blocks.{i}.norm{j}", outputs)
+            inputs = outputs
+    shapes.linear("fc1", inputs, inputs)
+    if model.num_classes:
+        shapes.linear("head", model.num_classes, inputs)
+        if model.decision == "att":
+            shapes.linear("head_attention", model.num_classes, inputs)
+
+
+def _crnn_shapes(shapes: _Shapes, config: CheckpointConfig) -> None:
+    model, inputs = config.model, 1
+    for i, outputs in enumerate(model.conv_channels):
+        shapes[f"blocks.{i}.conv.weight"] = (outputs, inputs, 3, 3)
+        shapes.batch_norm(f"blocks.{i}.norm", outputs)
+        shapes[f"blocks.{i}.gated.weight"], shapes[f"blocks.{i}.gated.bias"] = (outputs, outputs, 1, 1), (outputs,)
+        inputs = outputs
+    units = model.rnn_width
+    for layer, columns in enumerate((inputs, 2 * units)):
+        for direction in ("", "_reverse"):
+            for kind, width in (("ih", columns), ("hh", units)):
+                shapes[f"rnn.weight_{kind}_l{layer}{direction}"] = (3 * units, width)
+                shapes[f"rnn.bias_{kind}_l{layer}{direction}"] = (3 * units,)
+    if model.num_classes:
+        shapes.linear("head", model.num_classes, 2 * units)
+        shapes.linear("head_attention", model.num_classes, 2 * units)
 
 
 def count_parameters(config: CheckpointConfig) -> int:
@@ -298,6 +357,8 @@ def _check_tensors(path: Path, config: CheckpointConfig, header: Header) -> None
                 f"{path}: tensor {name} is stored as {header.dtypes[name]}, expected {' or '.join(allowed)}; "
                 "save or convert the checkpoint again"
             )
+    if config.model.architecture != "htsat":
+        return
     side, window = config.model.image_size // config.model.patch_size, config.model.window_size
     if side * side * window * window > MAX_MASK:
         raise CheckpointError(
@@ -307,7 +368,7 @@ def _check_tensors(path: Path, config: CheckpointConfig, header: Header) -> None
         )
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> "tuple[HTSAT, CheckpointConfig]":
+def load_checkpoint(path: str | os.PathLike[str]) -> "tuple[SoundModel, CheckpointConfig]":
     """Rebuild a model from one of our checkpoints.
 
     Returns:
@@ -342,7 +403,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> "tuple[HTSAT, CheckpointCon
     return model.eval(), config
 
 
-def build(config: CheckpointConfig) -> "HTSAT":
+def build(config: CheckpointConfig) -> "SoundModel":
     """Return a model whose weights have shapes but no values yet: ``load_state_dict(..., assign=True)`` brings them.
 
     Drawing random values for 31 million weights, only to overwrite them, would take longer than reading a file.
@@ -350,7 +411,7 @@ def build(config: CheckpointConfig) -> "HTSAT":
     import torch
     from torch.overrides import TorchFunctionMode
 
-    from htsat.model.htsat import HTSAT
+    from htsat.model.architectures import build_model
 
     class WeightsOnMeta(TorchFunctionMode):
         """Create what ``torch.empty`` creates, which is the layers' weights, without storage.
@@ -372,14 +433,14 @@ def build(config: CheckpointConfig) -> "HTSAT":
             return func(*args, **kwargs)
 
     with WeightsOnMeta():
-        return HTSAT(config.frontend, config.model)
+        return build_model(config.frontend, config.model)
 
 
 # ---------------------------------------------------------------- writing
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: "HTSAT", config: CheckpointConfig, dtype: StorageType = "float32"
+    path: str | os.PathLike[str], model: "SoundModel", config: CheckpointConfig, dtype: StorageType = "float32"
 ) -> None:
     """Write a checkpoint: the old file at ``path``, if any, stays whole until the new one is.
 
@@ -424,3 +485,31 @@ def save_checkpoint(
     text = json.dumps({"format": FORMAT, **to_dict(config)}, ensure_ascii=False, allow_nan=False)
     # "format": "pt" is what other safetensors readers expect of torch weights.
     write_atomic(path, save(weights, {"format": "pt", METADATA_KEY: text}))
+
+
+def with_config(source: str | os.PathLike[str], target: str | os.PathLike[str], config: CheckpointConfig) -> None:
+    """Write a checkpoint with the weights of another, byte for byte, and a configuration of its own.
+
+    Args:
+        source: one of our checkpoints.
+        target: the file to write; may be ``source`` itself.
+        config: must demand exactly the tensors that ``source`` holds.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read, or ``config`` does not fit its weights.
+        OutputError: ``target`` cannot be written.
+    """
+    source = Path(source)
+    _check_tensors(source, config, read_header(source))
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    end = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:end])
+    text = json.dumps({"format": FORMAT, **to_dict(config)}, ensure_ascii=False, allow_nan=False)
+    entries["__metadata__"] = {**entries.get("__metadata__", {}), METADATA_KEY: text}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    # The tensors begin at a multiple of eight bytes, as safetensors writes them.
+    header += b" " * (-len(header) % 8)
+    write_atomic(target, len(header).to_bytes(8, "little") + header + content[end:])

@@ -5,7 +5,8 @@ Readable are
 - checkpoints of the published code (PyTorch Lightning, names behind ``sed_model.``, or a bare state dict);
 - LAION-CLAP's ``.pt`` files (the audio tower, behind ``audio_branch.``);
 - Hugging Face's CLAP (``model.safetensors`` or ``pytorch_model.bin``, behind ``audio_model.audio_encoder.``);
-- ImageNet weights of Swin (``swin_tiny_c24_patch4_window8_256.pth``), as the start of a training.
+- ImageNet weights of Swin (``swin_tiny_c24_patch4_window8_256.pth``), as the start of a training;
+- CNN14 of PANNs (``Cnn14_DecisionLevelMax.pth`` and its kin), the baseline of the paper.
 
 Each is brought to the published names first, and from there to ours. The architecture follows from the
 shapes, the front end from the mel filters that published checkpoints carry. Pickles are read by
@@ -34,11 +35,12 @@ from htsat.model.checkpoint import build, read_header, sniff, tensor_shapes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from htsat.model.htsat import HTSAT
+    from htsat.model.base import SoundModel
 
 T = TypeVar("T")
 
-Layout = Literal["published", "laion-clap", "hf-clap", "imagenet-swin"]
+Layout = Literal["published", "laion-clap", "hf-clap", "imagenet-swin", "panns"]
+Decision = Literal["max", "clip"]
 Objective = Literal["multi_label", "single_label"]
 MelScale = Literal["slaney", "htk"]
 
@@ -55,6 +57,7 @@ _UNUSED_HEAD = "classifier that the published network stores and never uses"
 _UNTRAINED_HEAD = "CLAP trains the encoder alone: these classes no longer fit it"
 _OTHER_PART = "not of the audio encoder"
 _IMAGE_HEAD = "classifier of images"
+_UNUSED_NORM = "batch norm that the published network stores and never uses"
 
 # Hugging Face's names -> published names; query, key and value are joined separately.
 _HF_RENAMES = (
@@ -65,6 +68,14 @@ _HF_RENAMES = (
     (r"\.attention\.self\.", ".attn."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
+)
+# PANNs' names -> ours, but for the numbers of the blocks.
+_PANNS_RENAMES = (
+    (r"^bn0\.", "mel_norm."),
+    (r"\.bn([12])\.", r".norm\1."),
+    (r"^fc_audioset\.", "head."),
+    (r"^att_block\.cla\.", "head."),
+    (r"^att_block\.att\.", "head_attention."),
 )
 # Published names -> ours.
 _RENAMES = (
@@ -125,7 +136,8 @@ def convert(
     f_max: float | None = None,
     mel_scale: MelScale | None = None,
     objective: Objective | None = None,
-) -> "tuple[HTSAT, CheckpointConfig, ConversionReport]":
+    decision: Decision | None = None,
+) -> "tuple[SoundModel, CheckpointConfig, ConversionReport]":
     """Read published weights.
 
     Args:
@@ -138,6 +150,8 @@ def convert(
         f_max: Hz. Default 14000.
         mel_scale: default ``slaney``, or ``htk`` for fused CLAP towers.
         objective: default ``single_label`` for ESC-50 and Speech Commands labels, else ``multi_label``.
+        decision: how a CNN14 decides on a clip, which does not show in its weights (those with attention aside).
+            Default: ``max`` if the file's name has "DecisionLevel" in it, else ``clip``.
 
     Returns:
         The model (CPU, eval mode, float32), its configuration, and what became of each tensor.
@@ -152,7 +166,7 @@ def convert(
     path = _file(Path(source))
     state, layout, set_aside, notes = _published(path, _read(path))
     fused = _FUSION in set_aside.values()
-    model = _architecture(path, state, layout)
+    model = _cnn14(path, state, decision, notes) if layout == "panns" else _architecture(path, state, layout)
     _set_aside_heads(state, layout, model, set_aside)
     # Fused CLAP towers were trained on torchaudio's filters, the others on the published ones, whatever is stored.
     given = _Given(sample_rate, hop_length, f_min, f_max, mel_scale or ("htk" if fused else None))
@@ -162,11 +176,7 @@ def convert(
     named, chosen = _labels(path, labels, model.num_classes, notes)
     if objective is None:
         objective = "single_label" if chosen in _SINGLE_LABEL else "multi_label"
-    frames = model.image_size * (model.image_size // frontend.n_mels)
-    if 10 * frontend.sample_rate // frontend.hop_length + 1 > frames:
-        seconds = (frames - 1) * frontend.hop_length / frontend.sample_rate
-        model = _config(path, lambda: replace(model, chunk_seconds=seconds))
-        notes.append(f"chunks last {seconds:.2f} s: ten seconds have more frames than the square holds")
+    model = _config(path, lambda: _with_chunk(model, frontend, notes))
     config = _config(
         path,
         lambda: CheckpointConfig(
@@ -183,7 +193,24 @@ def convert(
     return network.eval(), config, report
 
 
-def imagenet_start(model: "HTSAT", path: str | os.PathLike[str]) -> ConversionReport:
+def _with_chunk(model: ModelConfig, frontend: FrontendConfig, notes: list[str]) -> ModelConfig:
+    """Return the architecture with chunks of the length that its frames ask for."""
+    if model.architecture == "cnn14":
+        seconds = 1024 * frontend.hop_length / frontend.sample_rate
+        notes.append(
+            f"chunks last {seconds:g} s, 32 time steps of 32 frames as they are; published figures are of clips heard "
+            "without silence behind them: htsat evaluate --fit stretch, which stretches nothing here"
+        )
+        return replace(model, chunk_seconds=seconds)
+    frames = model.image_size * (model.image_size // frontend.n_mels)
+    if 10 * frontend.sample_rate // frontend.hop_length + 1 <= frames:
+        return model
+    seconds = (frames - 1) * frontend.hop_length / frontend.sample_rate
+    notes.append(f"chunks last {seconds:.2f} s: ten seconds have more frames than the square holds")
+    return replace(model, chunk_seconds=seconds)
+
+
+def imagenet_start(model: "SoundModel", path: str | os.PathLike[str]) -> ConversionReport:
     """Load ImageNet weights of Swin into a model that is about to be trained.
 
     The patch projection is averaged over the colours, as upstream ``main.py`` does it; the normalisation of mel bins
@@ -374,9 +401,13 @@ def _published(
 
     anchor = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(anchor) for name in tensors if name == anchor or name.endswith("." + anchor)]
+    if not prefixes and "conv_block1.conv1.weight" in tensors:
+        return _from_panns(tensors)
     if len(prefixes) != 1:
         found = f"holds {len(prefixes)} networks" if prefixes else "holds no HTS-AT"
-        advice = "convert one of them alone" if prefixes else "convert weights of HTS-AT, CLAP's HTS-AT tower or Swin"
+        advice = "convert weights of HTS-AT, CLAP's HTS-AT tower, Swin or CNN14"
+        if prefixes:
+            advice = "convert one of them alone"
         raise CheckpointError(f"{path}: {found} ({len(tensors)} tensors, {_some(sorted(tensors))}); {advice}")
     prefix = prefixes[0]
     state: dict[str, Tensor] = {}
@@ -403,6 +434,25 @@ def _published(
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             state[name] = tensor.float()
     return state, layout, set_aside, []
+
+
+def _from_panns(
+    tensors: "dict[str, Tensor]",
+) -> "tuple[dict[str, Tensor], Layout, dict[str, str], list[str]]":
+    """Bring PANNs' names to ours; see ``_published``."""
+    state: dict[str, Tensor] = {}
+    set_aside: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        own = re.sub(r"^conv_block([1-9])\.", lambda match: f"blocks.{int(match[1]) - 1}.", name)
+        for pattern, replacement in _PANNS_RENAMES:
+            own = re.sub(pattern, replacement, own)
+        if name.startswith("att_block.bn_att."):
+            set_aside[name] = _UNUSED_NORM
+        elif own.startswith("head") and tensor.ndim == 3 and tensor.shape[2] == 1:
+            state[own] = tensor.squeeze(2).float()  # a convolution of one step is a linear layer
+        else:
+            state[own] = tensor.float() if tensor.is_floating_point() else tensor
+    return state, "panns", set_aside, []
 
 
 def _from_hf(state: "dict[str, Tensor]") -> "dict[str, Tensor]":
@@ -471,9 +521,11 @@ def _match(
         else:
             # A copy, so that the model keeps no mapped file alive.
             weights[own] = tensor.clone(memory_format=torch.contiguous_format)
-    if "mel_norm.running_var" in weights:
-        # A count of training steps, which old files lack and nothing here reads.
-        weights.setdefault("mel_norm.num_batches_tracked", torch.tensor(0))
+    for name in expected:
+        norm, is_count, _ = name.partition(".num_batches_tracked")
+        if is_count and f"{norm}.running_var" in weights:
+            # A count of training steps, which old files lack and nothing here reads.
+            weights.setdefault(name, torch.tensor(0))
     report = ConversionReport(
         str(path),
         layout,
@@ -503,8 +555,9 @@ def _refuse_gaps(path: Path, report: ConversionReport) -> None:
         if names
     ]
     if problems:
+        what = "a CNN14" if report.layout == "panns" else "an HTS-AT"
         raise CheckpointError(
-            f"{path}: these weights are not of an HTS-AT that htsat can rebuild ({'; '.join(problems)}); "
+            f"{path}: these weights are not of {what} that htsat can rebuild ({'; '.join(problems)}); "
             "nothing was loaded"
         )
 
@@ -530,7 +583,7 @@ def _config(path: Path, make: Callable[[], T]) -> T:
     try:
         return make()
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}; these weights make no HTS-AT that htsat can rebuild") from None
+        raise CheckpointError(f"{path}: {error}; these weights make no network that htsat can rebuild") from None
 
 
 def _architecture(path: Path, state: "Mapping[str, Tensor]", layout: Layout) -> ModelConfig:
@@ -587,6 +640,25 @@ def _architecture(path: Path, state: "Mapping[str, Tensor]", layout: Layout) -> 
     )
 
 
+def _cnn14(path: Path, state: "Mapping[str, Tensor]", decision: Decision | None, notes: list[str]) -> ModelConfig:
+    """Infer the architecture of a CNN14 from its tensors, by our names."""
+    width, head = state["blocks.0.conv1.weight"].shape[0], state.get("head.weight")
+    if "head_attention.weight" in state:
+        how: Literal["max", "att", "clip"] = "att"
+    else:
+        how = decision or ("max" if "decisionlevel" in path.name.lower() else "clip")
+        why = "as given" if decision else "by the name of the file"
+        notes.append(
+            f"decision {how!r} {why}; Cnn14 ('clip') and Cnn14_DecisionLevelMax ('max') store the same tensors"
+        )
+    return _config(
+        path,
+        lambda: ModelConfig(
+            num_classes=0 if head is None else head.shape[0], architecture="cnn14", cnn_width=width, decision=how
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class _Given:
     """Front-end settings that the caller insists on; None: infer."""
@@ -602,7 +674,8 @@ def _frontend(
     path: Path, state: "Mapping[str, Tensor]", layout: Layout, given: _Given, notes: list[str]
 ) -> FrontendConfig:
     """Infer the front end: from what the caller gives, the mel filters in the source, or its layout."""
-    n_mels = 64 if layout == "imagenet-swin" else state["bn0.weight"].shape[0] if "bn0.weight" in state else 0
+    norm = state.get("mel_norm.weight" if layout == "panns" else "bn0.weight")
+    n_mels = 64 if layout == "imagenet-swin" else 0 if norm is None else norm.shape[0]
     window = state.get("spectrogram_extractor.stft.conv_real.weight")
     n_fft = window.shape[-1] if window is not None else 1024
 

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from htsat.errors import UsageError
+from htsat.model.base import SoundModel
 from htsat.model.checkpoint import load_checkpoint
-from htsat.model.htsat import HTSAT
 from htsat.model.hub import resolve
 
 Array = NDArray[np.float32]
@@ -21,7 +21,7 @@ def load_model(
     cache_dir: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
     offline: bool | None = None,
-) -> HTSAT:
+) -> SoundModel:
     """Return a model in evaluation mode, with its labels in ``.labels`` and all settings in ``.checkpoint``.
 
     Args:
@@ -50,7 +50,7 @@ class TorchBackend:
         UsageError: the device is unknown or absent.
     """
 
-    def __init__(self, model: HTSAT, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, model: SoundModel, *, device: str = "auto", threads: int | None = None) -> None:
         if threads is not None:
             if threads < 1:
                 raise UsageError(f"threads must be at least 1, got {threads}")

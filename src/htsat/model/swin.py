@@ -146,11 +146,13 @@ class Plan:
         moves: before each block, and after the last one: where each token comes from, (tokens,); None: they stay.
         index: (N, N) rows of the bias table for each pair of tokens of a window.
         mask: (windows, N, N), what shifted blocks add to their attention logits; None if nothing is shifted.
+        back: from the order that patch merging takes to raster order; None: they are the same.
     """
 
     moves: tuple[Tensor | None, ...]
     index: Tensor
     mask: Tensor | None
+    back: Tensor | None
 
 
 def plan_stage(sides: Sides, window_size: int, depth: int, merge: bool, device: torch.device) -> Plan:
@@ -166,7 +168,8 @@ def plan_stage(sides: Sides, window_size: int, depth: int, merge: bool, device: 
         moves.append(None if torch.equal(move, raster) else move.to(device))
         current = target
     mask = shift_mask(sides, window, shift).to(device) if depth > 1 and any(shift) else None
-    return Plan(tuple(moves), relative_position_index(window_size, window).to(device), mask)
+    back = None if torch.equal(current, raster) else torch.argsort(current).to(device)
+    return Plan(tuple(moves), relative_position_index(window_size, window).to(device), mask, back)
 
 
 class WindowAttention(nn.Module):
@@ -308,8 +311,17 @@ class Stage(nn.Module):
                 self._plans[key] = plan_stage(sides, self.window_size, len(self.blocks), self.merge is not None, device)
         return self._plans[key]
 
-    def forward(self, x: Tensor, sides: Sides, maps: list[Tensor] | None = None) -> Tensor:
-        """Map (batch, rows x columns, width) to (batch, tokens / 4, 2 width); the last stage keeps the shape."""
+    def forward(
+        self, x: Tensor, sides: Sides, maps: list[Tensor] | None = None, taps: list[Tensor] | None = None
+    ) -> Tensor:
+        """Map (batch, rows x columns, width) to (batch, tokens / 4, 2 width); the last stage keeps the shape.
+
+        Args:
+            x: tokens in raster order.
+            sides: of the raster.
+            maps: if given, attention maps are appended to it.
+            taps: if given, the tokens before merging, in raster order, are appended to it.
+        """
         plan = self.plan(sides, x.device)
         for i, block in enumerate(self.blocks):
             x = _moved(x, plan.moves[i])
@@ -319,6 +331,8 @@ class Stage(nn.Module):
             else:
                 x = block(x, plan.index, mask, maps)
         x = _moved(x, plan.moves[-1])
+        if taps is not None:
+            taps.append(_moved(x, plan.back))
         return x if self.merge is None else self.merge(x)
 
 

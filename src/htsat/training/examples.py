@@ -294,6 +294,12 @@ class RunData:
     corpus: str
     notes: tuple[str, ...] = ()
 
+    def training_corpus(self) -> Corpus | None:
+        """Return the clips that are trained on as a corpus; None for scenes and packed clips."""
+        if not len(self.train_clips) or isinstance(self.train_clips, ShardClips):
+            return None
+        return Corpus(self.corpus, self.folder, self.recipe.data.labels, self.recipe.objective, tuple(self.train_clips))
+
     def parts(self) -> dict[str, list[str]]:
         """Return the names of the clips of each part, below the data's folder; of packed ones there is no list."""
         found = {}
@@ -399,6 +405,8 @@ def _parts(recipe: Recipe, corpus: Corpus) -> tuple[Sequence[Clip], Sequence[Cli
     """Return the clips to train on, to select on and to score, and what a person should know."""
     data, notes = recipe.data, list(corpus.warnings)
     if isinstance(corpus.clips, ShardClips):
+        if data.without_folds:
+            raise DataError(f"{corpus.folder}: packed clips know no folds; leave data.without_folds empty")
         parts = {split: _in_split(corpus.clips, split) for split in ("train", "validation", "test")}
         train, select, test = (parts[s] for s in ("train", "validation", "test"))
         if not len(train):
@@ -406,13 +414,14 @@ def _parts(recipe: Recipe, corpus: Corpus) -> tuple[Sequence[Clip], Sequence[Cli
         return train, select, test, notes
     clips = list(corpus.clips)
     folds = sorted({fold for clip in clips for fold in clip.folds})
+    for fold in {data.test_fold, *data.without_folds} - {0, *folds}:
+        known = ", ".join(map(str, folds)) or "none"
+        raise DataError(f"{corpus.folder}: no clips of the held-out fold {fold}; there are folds {known}")
+    clips = [clip for clip in clips if not clip.folds & set(data.without_folds)]
     test = [clip for clip in clips if clip.split == "test"]
     select = [clip for clip in clips if clip.split == "validation"]
     train = [clip for clip in clips if clip.split not in ("test", "validation")]
     if data.test_fold:
-        if data.test_fold not in folds:
-            known = ", ".join(map(str, folds)) or "none"
-            raise DataError(f"{corpus.folder}: no clips of the test fold {data.test_fold}; there are folds {known}")
         test = [clip for clip in train if data.test_fold in clip.folds]
         train = [clip for clip in train if data.test_fold not in clip.folds]
     shares = {"test": 0.0 if test else data.test, "select": 0.0 if select else data.select}

@@ -86,9 +86,15 @@ def _is_finished(folder: Path, recipe: Recipe) -> bool:
 def figures(report: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a report that means can be taken of."""
     found = dict(report.get("tagging", report).get("figures", report))
-    for name, scores in (report.get("detection") or {}).items():
+    detection = report.get("detection") or {}
+    for name, scores in detection.items():
         if isinstance(scores, dict) and isinstance(scores.get("macro_f1"), float):
             found[f"{name}_macro_f1"] = scores["macro_f1"]
+    for name in ("psds1", "psds2"):
+        if name in detection:
+            found[name] = detection[name]["value"]
+    if "frame_level" in detection:
+        found["frame_mean_average_precision"] = detection["frame_level"]["mean_average_precision"]
     return {k: v for k, v in found.items() if isinstance(v, float)}
 
 

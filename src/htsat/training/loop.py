@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from htsat.data.augment import random_equaliser, spec_masks
 from htsat.data.corpora import Clip
 from htsat.errors import CheckpointError, HtsatError, OutputError
-from htsat.evaluation.evaluate import Evaluation, ModelIdentity, identify
+from htsat.evaluation.evaluate import Evaluation, ModelIdentity, fingerprint, identify
 from htsat.evaluation.listen import Heard
 from htsat.evaluation.report import html
 from htsat.files import write_atomic
+from htsat.model.architectures import build_model
 from htsat.model.average import average_checkpoints
+from htsat.model.base import SoundModel
 from htsat.model.checkpoint import save_checkpoint
-from htsat.model.htsat import HTSAT
 from htsat.model.runtime import pick_device
 from htsat.training.distributed import Ranks, end_with_parent
 from htsat.training.examples import (
@@ -159,12 +160,14 @@ def collate(items: Sequence[Example | HtsatError]) -> Batch | HtsatError:
 class Network(nn.Module):
     """The part of the model that learns, from the log-mel spectrogram on, as one call (what is shared and compiled)."""
 
-    def __init__(self, model: HTSAT, num_frames: int) -> None:
+    def __init__(self, model: SoundModel, num_frames: int) -> None:
         super().__init__()
         self.model, self._num_frames = model, num_frames
 
-    def forward(self, log_mel: Tensor, keep: Tensor | None, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return clip and frame logits in float32.
+    def forward(
+        self, log_mel: Tensor, keep: Tensor | None, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return clip and frame logits, and those of the tokens if a fine head corrects them, in float32.
 
         Args:
             log_mel: (batch, T, n_mels), dB.
@@ -177,9 +180,10 @@ class Network(nn.Module):
         if shares is not None:
             weight = shares.view(-1, 1, 1)
             features = weight * features + (1 - weight) * features.flip(0)
-        clipwise, framewise = self.model.classify(self.model.encode(features))
-        assert clipwise is not None and framewise is not None  # a recipe has classes
-        return clipwise.float(), framewise.float()
+        found = self.model.analyse(features)
+        assert found.clipwise is not None and found.framewise is not None  # a recipe has classes
+        coarse = None if found.coarse is None else found.coarse.float()
+        return found.clipwise.float(), found.framewise.float(), coarse
 
 
 def train(
@@ -312,7 +316,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = make_model(self.recipe, on_note if ranks.first else lambda line: None).to(self.device).train()
         self.model.set_gradient_checkpointing(config.recompute)
-        self.average = HTSAT(self.recipe.frontend, self.recipe.model).to(self.device).eval()
+        self.average = build_model(self.recipe.frontend, self.recipe.model).to(self.device).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.teacher = load_teacher(self.recipe, self.device)
         self.optimiser = torch.optim.AdamW(
@@ -537,15 +541,18 @@ class _Run:
             has_frames = has_frames & has_frames.flip(0)
             teacher = None if teacher is None else weight * teacher + (1 - weight) * teacher.flip(0)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
-            clipwise, framewise = network(log_mel, keep, shares)
+            clipwise, framewise, coarse = network(log_mel, keep, shares)
         losses = clip_loss(clipwise, targets, config)
         if teacher is not None:
             taught = distillation_loss(clipwise, teacher, config, distill)
             losses = (1 - distill.weight) * losses + distill.weight * taught
         losses = config.weak_weight * losses
         if config.strong_weight and bool(has_frames.any()):
-            timed = frame_losses(framewise[has_frames], frames[has_frames], config)
+            tokens = None if coarse is None else coarse[has_frames]
+            timed = frame_losses(framewise[has_frames], frames[has_frames], config, tokens)
             losses = losses + timed * has_frames / has_frames.float().mean()
+        elif coarse is not None:
+            losses = losses + 0 * framewise.mean()  # processes wait for a gradient of the fine head from each other
         return losses
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
@@ -569,7 +576,7 @@ class _Run:
                 given += [] if batch.teacher is None else [batch.teacher[i]]
                 good = all(bool(torch.isfinite(tensor).all()) for tensor in given)
                 if good:
-                    clipwise, _ = alone(self._log_mel(waveform), None, None)
+                    clipwise, _, _ = alone(self._log_mel(waveform), None, None)
                     good = bool(torch.isfinite(clipwise).all())
                 if not good:
                     names.append(example.name)
@@ -784,7 +791,14 @@ class _Run:
         path = self.folder.path / "model.safetensors"
         if self.ranks.first:
             shown = figures(report)
-            provenance = {"recipe": self.recipe.description, "steps": steps, "seed": self.config.seed, "report": shown}
+            provenance: dict[str, Any] = {
+                "recipe": self.recipe.description,
+                "steps": steps,
+                "seed": self.config.seed,
+                "report": shown,
+            }
+            if trained_on := self.data.training_corpus():
+                provenance["trained_on"] = fingerprint(trained_on)  # what `htsat calibrate` warns of
             checkpoint = self.recipe.checkpoint(provenance)
             try:
                 write_atomic(self.folder.path / "report.json", json.dumps(report, indent=1) + "\n")

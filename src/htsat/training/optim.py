@@ -46,7 +46,7 @@ def learning_rate(step: int, config: TrainConfig, steps: int, epoch_steps: float
 
 def is_head(name: str) -> bool:
     """Say whether a weight belongs to the classifier."""
-    return name.startswith(("token_semantic.", "head."))
+    return name.startswith(("token_semantic.", "head.", "head_attention.", "fine.out."))
 
 
 def parameter_groups(
@@ -109,9 +109,20 @@ def distillation_loss(logits: Tensor, teacher: Tensor, config: TrainConfig, dist
     return found * distill.temperature**2
 
 
-def frame_losses(framewise: Tensor, targets: Tensor, config: TrainConfig) -> Tensor:
-    """Return the weighted framewise losses of token logits against targets, both (batch, num_tokens, num_classes)."""
+def frame_losses(framewise: Tensor, targets: Tensor, config: TrainConfig, coarse: Tensor | None = None) -> Tensor:
+    """Return the weighted framewise losses of a batch.
+
+    Args:
+        framewise: (batch, num_frames, num_classes) logits.
+        targets: of the same shape, in [0, 1].
+        config: weights of the losses.
+        coarse: (batch, tokens, num_classes) logits of the tokens that a fine head corrects; None without a fine head.
+            As in ``token_targets``, a token that an event fills at least half is 1, below that twice the share.
+    """
     strong = F.binary_cross_entropy_with_logits(framewise, targets)
+    if coarse is not None:
+        of_tokens = targets.view(len(targets), coarse.shape[1], -1, targets.shape[2]).mean(2).mul(2).clamp_max(1)
+        strong = strong + config.token_weight * F.binary_cross_entropy_with_logits(coarse, of_tokens)
     if not config.single_weight:
         return config.strong_weight * strong
     # Which class it is, on the tokens where one sounds alone: a far clearer signal early on than many

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from htsat.config import (
+    USED_BY,
     CheckpointConfig,
     DecodingConfig,
     FrontendConfig,
@@ -37,6 +38,8 @@ class DataConfig:
     """Classes, in the order of the model's outputs; empty: those of the corpus."""
     test_fold: int = 0
     """Fold held out and scored once, after the last step; 0: none (corpora with a test split are scored on that)."""
+    without_folds: tuple[int, ...] = ()
+    """Folds kept out of the run altogether, neither trained on nor scored: for another run's test."""
     select: float = 0.0
     """Share of the training clips, by recording or speaker, set apart to select on where the corpus has no validation
     split; 0: none."""
@@ -68,6 +71,8 @@ class DataConfig:
         if self.speech is not None and "speech" not in self.labels:
             raise ConfigError("labels lacks 'speech', which the speech recordings are for")
         _check("test_fold", self.test_fold, 0, 1_000_000)
+        if self.test_fold in self.without_folds:
+            raise ConfigError(f"test_fold {self.test_fold} is among without_folds; a fold is scored or kept out")
         for share in ("select", "test", "unreadable"):
             _check(share, getattr(self, share), 0, 1)
         if self.select + self.test > 0.9:
@@ -231,6 +236,8 @@ class TrainConfig:
     """scenes: share of recorded soundscapes instead of fresh mixtures."""
     strong_weight: float = 1.0
     """Weight of the framewise loss, for clips with timed events."""
+    token_weight: float = 0.5
+    """With a fine head: weight of the framewise loss of the tokens, relative to that of the fine steps."""
     weak_weight: float = 1.0
     """Weight of the clipwise loss."""
     single_weight: float = 0.0
@@ -276,7 +283,7 @@ class TrainConfig:
         _check("average_decay", self.average_decay, 0, 1)
         _check("prior", self.prior, 0, 0.99)
         _check("soundscape_share", self.soundscape_share, 0, 1)
-        for weight in ("strong_weight", "weak_weight", "single_weight"):
+        for weight in ("strong_weight", "token_weight", "weak_weight", "single_weight"):
             _check(weight, getattr(self, weight), 0, 1e6)
         _check("select_steps", self.select_steps, 0, 100_000_000)
         _check("keep_best", self.keep_best, 1, 100)
@@ -319,6 +326,8 @@ class Recipe:
             for name, wanted in (("balanced", False), ("loss", "bce"), ("fit", "native")):
                 if getattr(self.train, name) != wanted:
                     raise ConfigError(f"train.{name} does not go with data.corpus 'scenes'; leave it {wanted!r}")
+        if self.model.fine_frames and not self.train.strong_weight:
+            raise ConfigError("model.fine_frames: a fine head learns from timed events alone; set train.strong_weight")
         if self.augment.background_share and not self.data.backgrounds:
             raise ConfigError("augment.background_share needs data.backgrounds, a folder of recordings")
         if self.distill.logits and self.augment.mixup not in ("none", "inputs"):
@@ -392,9 +401,15 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, *, publis
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    shipped_with = dict(values["model"]) if isinstance(values.get("model"), dict) else {}
     for override in overrides or []:
         _apply(values, override)
     model, data = values.setdefault("model", {}), values.get("data", {})
+    if isinstance(model, dict) and model.get("architecture") != shipped_with.get("architecture"):
+        # Another architecture on the command line: what the recipe says of its own one alone does not count.
+        for key, architectures in USED_BY.items():
+            if model.get("architecture") not in architectures and model.get(key) == shipped_with.get(key):
+                model.pop(key, None)
     if isinstance(model, dict) and isinstance(data, dict) and isinstance(data.get("labels", []), list):
         model.setdefault("num_classes", len(data.get("labels", [])))
     return from_dict(Recipe, values, path.name)

@@ -7,24 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from htsat.errors import CheckpointError, ConfigError, nearest
+from htsat.model.architectures import build_model
+from htsat.model.base import SoundModel
 from htsat.model.convert import convert, imagenet_start
-from htsat.model.htsat import HTSAT
 from htsat.model.hub import resolve
 from htsat.model.runtime import load_model
 from htsat.training.optim import is_head
 from htsat.training.recipe import Recipe
 
+#: weights that those of a model without a fine head lack; it starts with giving the tokens' own logits
+FINE_HEAD = ("fine.",)
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
-def make_model(recipe: Recipe, on_note: Callable[[str], None]) -> HTSAT:
+def make_model(recipe: Recipe, on_note: Callable[[str], None]) -> SoundModel:
     """Return the model of a run before its first step.
 
     Raises:
         CheckpointError, DownloadError: the weights to start from cannot be had or are of another architecture.
         ConfigError: ``start.freeze`` names no weights.
     """
-    model = HTSAT(recipe.frontend, recipe.model)
+    model = build_model(recipe.frontend, recipe.model)
     if recipe.train.prior:
         model.set_prior(recipe.train.prior)
     if recipe.start.model:
@@ -33,7 +36,7 @@ def make_model(recipe: Recipe, on_note: Callable[[str], None]) -> HTSAT:
     return model
 
 
-def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
+def load_start(model: SoundModel, source: str, labels: tuple[str, ...]) -> str:
     """Load the weights of ``source`` into a model that is about to be trained.
 
     Rows of the classifier are taken over for classes of the same name; other classes start anew.
@@ -55,8 +58,9 @@ def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
         other = load_model(resolve(source))
         own_labels = other.labels if other.config.num_classes else ()
     theirs, mine = other.state_dict(), model.state_dict()
+    anew = FINE_HEAD if not any(name.startswith(FINE_HEAD) for name in theirs) else ()
     for name, tensor in mine.items():
-        if is_head(name):
+        if is_head(name) or name.startswith(anew):
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             found = "lacks it" if name not in theirs else f"has {list(theirs[name].shape)}"
@@ -67,18 +71,22 @@ def load_start(model: HTSAT, source: str, labels: tuple[str, ...]) -> str:
     taken = [label for label in labels if label in own_labels]
     with torch.no_grad():
         for name, tensor in mine.items():
+            if name.startswith(anew):
+                continue
             if not is_head(name):
                 tensor.copy_(theirs[name])
             elif name in theirs and theirs[name].shape[1:] == tensor.shape[1:]:
                 for label in taken:
                     tensor[labels.index(label)] = theirs[name][own_labels.index(label)]
-    if (other.frontend_config, len(taken)) == (model.frontend_config, len(labels)):
-        return f"started from {source}"
     differs = "" if other.frontend_config == model.frontend_config else "; its front end has other settings"
+    if anew and any(name.startswith(anew) for name in mine):
+        differs += "; the fine head starts anew"
+    if not differs and len(taken) == len(labels):
+        return f"started from {source}"
     return f"started from {source}: {len(taken)} of {len(labels)} classes taken over{differs}"
 
 
-def set_frozen(model: HTSAT, beginnings: tuple[str, ...]) -> None:
+def set_frozen(model: SoundModel, beginnings: tuple[str, ...]) -> None:
     """Let all weights learn but those whose names begin with one of ``beginnings``.
 
     Raises:
@@ -103,7 +111,7 @@ class Teacher(nn.Module):
         ConfigError: another sample rate, or classes it lacks.
     """
 
-    def __init__(self, model: HTSAT, labels: tuple[str, ...], sample_rate: int) -> None:
+    def __init__(self, model: SoundModel, labels: tuple[str, ...], sample_rate: int) -> None:
         super().__init__()
         if model.frontend_config.sample_rate != sample_rate:
             raise ConfigError(

@@ -1,28 +1,30 @@
 """Scores of a run: on its selection split, and once on what was held out. Only the loop chooses by the former."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import torch
 
 from htsat.data.corpora import Clip, Corpus
 from htsat.data.mix import Source
-from htsat.detection.decoder import decode_events
+from htsat.errors import DataError
 from htsat.evaluation.evaluate import Evaluation, ModelIdentity, summarise
-from htsat.evaluation.listen import Heard, Listening, join_shards, posteriors, shard
-from htsat.evaluation.scores import TaggingScores
-from htsat.events import Event
-from htsat.grid import FrameGrid
-from htsat.metrics.detection import event_based, intersection_based
-from htsat.model.htsat import HTSAT, Fit
+from htsat.evaluation.listen import Heard, Listening, join_shards, posteriors, shard, waveform_posteriors
+from htsat.evaluation.scores import PSDS, TaggingScores, finite
+from htsat.metrics.bootstrap import f1_intervals
+from htsat.metrics.detection import count_event_based, count_intersection_based
+from htsat.metrics.detection import summarise as summarise_counts
+from htsat.metrics.psds import psds_from_scores
+from htsat.model.base import Fit, SoundModel
 from htsat.training.distributed import Ranks
 from htsat.training.examples import CutReader, RunData
-from htsat.training.material import Material, Progress, Soundscape
+from htsat.training.material import Material, Progress, Soundscape, Waveform
 from htsat.training.recipe import Recipe
+
+#: behind the 95 % intervals of the last scores
+RESAMPLES = 1000
 
 
 def listen(
-    model: HTSAT, recipe: Recipe, data: RunData, clips: Sequence[Clip], ranks: Ranks, what: str, progress: Progress
+    model: SoundModel, recipe: Recipe, data: RunData, clips: Sequence[Clip], ranks: Ranks, what: str, progress: Progress
 ) -> list[Heard]:
     """Return what a model says of clips, as ``tag`` and ``detect`` would hear them; each is heard by one process."""
     assert data.reader is not None
@@ -51,8 +53,17 @@ def evaluate_clips(
         DataError: not one of the clips could be read.
     """
     corpus = Corpus(data.corpus, data.folder, recipe.data.labels, recipe.objective, tuple(clips))
-    intervals = 1000 if part == "test" else 0
-    return summarise(corpus, heard, [identity], listening(recipe), part=part, bootstrap=intervals)
+    # Only the last scores are for people: those that models are chosen by come often, and must not take long.
+    test = part == "test"
+    return summarise(
+        corpus,
+        heard,
+        [identity],
+        listening(recipe),
+        part=part,
+        bootstrap=RESAMPLES if test else 0,
+        all_thresholds=test,
+    )
 
 
 def headline(scores: TaggingScores) -> tuple[str, float]:
@@ -61,10 +72,12 @@ def headline(scores: TaggingScores) -> tuple[str, float]:
     return name, scores.figures[name]
 
 
-def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: Progress) -> dict[str, Any]:
+def score_held_out(model: SoundModel, recipe: Recipe, material: Material, progress: Progress) -> dict[str, Any]:
     """Return accuracy on the held-out clips and detection scores on the held-out soundscapes, as fractions.
 
-    Accuracy is over the classes that the clips have; both ways to fill a chunk with a short clip are told.
+    Accuracy is over the classes that the clips have; both ways to fill a chunk with a short clip are told. Detection is
+    scored over the classes that have events: F1 of the events, with 95 % intervals over the soundscapes, and PSDS of
+    the posteriors, before filters and thresholds.
     """
     report: dict[str, Any] = {}
     if material.test_clips:
@@ -76,18 +89,32 @@ def score_held_out(model: HTSAT, recipe: Recipe, material: Material, progress: P
             report[f"accuracy_{fit}"] = clip_accuracy(model, recipe, material.test_clips, classes, fit)
     if material.test_soundscapes:
         progress("scoring soundscapes", 0.5)
-        estimated = detect_soundscapes(model, recipe, material.test_soundscapes)
+        heard = hear_soundscapes(model, recipe, material.test_soundscapes)
+        estimated = {name: list(one.events or ()) for name, one in heard.items()}
         reference = {s.name: list(s.events) for s in material.test_soundscapes}
         present = {event.event_label for events in reference.values() for event in events}
         scored = [label for label in recipe.data.labels if label in present]
         report["soundscapes"] = len(reference)
-        report["intersection_macro_f1"] = intersection_based(reference, estimated, labels=scored).macro_f1
-        report["event_based_macro_f1"] = event_based(reference, estimated, labels=scored).macro_f1
+        report["intervals"] = {}
+        for name, count in (("intersection", count_intersection_based), ("event_based", count_event_based)):
+            counts = count(reference, estimated, labels=scored)
+            report[f"{name}_macro_f1"] = summarise_counts(counts).macro_f1
+            intervals = f1_intervals(counts, RESAMPLES, recipe.train.seed)
+            report["intervals"][f"{name}_macro_f1"] = [finite(bound) for bound in intervals["macro_f1"]]
+        durations = {name: one.duration for name, one in heard.items()}
+        scores = {
+            name: (one.framewise, one.boundaries)
+            for name, one in heard.items()
+            if one.framewise is not None and one.boundaries is not None
+        }
+        # Classes without events are in no PSDS, as they are in no macro F1.
+        for name, settings in PSDS.items():
+            report[name] = psds_from_scores(reference, scores, recipe.data.labels, durations, settings).value
     return report
 
 
 def clip_accuracy(
-    model: HTSAT,
+    model: SoundModel,
     recipe: Recipe,
     clips: Sequence[Source],
     classes: Sequence[str],
@@ -95,25 +122,26 @@ def clip_accuracy(
 ) -> float:
     """Return the share of clips whose most probable class, among ``classes``, is theirs."""
     columns = [recipe.data.labels.index(label) for label in classes]
-    right = 0
-    for clip in clips:
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(clip.waveform[: model.chunk_samples]).unsqueeze(0), fit).clipwise_logits
-        assert logits is not None
-        right += classes[int(logits[0, columns].argmax())] == clip.label
-    return right / len(clips)
+    waveforms = [clip.waveform[: recipe.checkpoint({}).chunk_samples] for clip in clips]
+    heard = _hear(model, recipe, waveforms, Listening(fit=fit))
+    right = [classes[int(h.posteriors[columns].argmax())] == c.label for h, c in zip(heard, clips, strict=True)]
+    return sum(right) / len(clips)
 
 
-def detect_soundscapes(model: HTSAT, recipe: Recipe, soundscapes: Sequence[Soundscape]) -> dict[str, list[Event]]:
-    """Return the events of recordings of one chunk, decoded with the recipe's settings: name -> events."""
-    estimated = {}
-    for soundscape in soundscapes:
-        with torch.inference_mode():
-            waveform = torch.from_numpy(soundscape.waveform[: model.chunk_samples]).unsqueeze(0)
-            logits = model(waveform).framewise_logits
-        assert logits is not None
-        duration = waveform.shape[1] / recipe.frontend.sample_rate
-        grid = FrameGrid.uniform(recipe.model.chunk_seconds / model.num_tokens, duration)
-        posteriors = logits[0].sigmoid().numpy()
-        estimated[soundscape.name] = decode_events(posteriors, grid.boundaries, recipe.data.labels, recipe.decoding)
-    return estimated
+def hear_soundscapes(model: SoundModel, recipe: Recipe, soundscapes: Sequence[Soundscape]) -> dict[str, Heard]:
+    """Return what a model says of recordings, by name; events as ``detect`` would tell them with its settings."""
+    heard = _hear(model, recipe, [s.waveform for s in soundscapes], Listening(events=True))
+    return {s.name: h for s, h in zip(soundscapes, heard, strict=True)}
+
+
+def _hear(model: SoundModel, recipe: Recipe, waveforms: Sequence[Waveform], listening: Listening) -> Iterator[Heard]:
+    """Yield what a model says of waveforms.
+
+    Raises:
+        DataError: the answer is not a number.
+    """
+    model.labels, model.checkpoint = recipe.data.labels, recipe.checkpoint({})
+    for heard in waveform_posteriors([model], waveforms, listening):
+        if heard.failure is not None:
+            raise DataError(heard.failure)
+        yield heard

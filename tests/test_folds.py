@@ -135,5 +135,12 @@ def test_figures_of_reports():
     assert figures({"tagging": tagging, "detection": detection}) == {
         "mean_average_precision": 0.5, "intersection_macro_f1": 0.75, "event_based_macro_f1": 0.25,
     }  # fmt: skip
+    detection |= {"psds1": {"value": 0.125}, "psds2": {"value": 0.5}}
+    detection["frame_level"] = {"mean_average_precision": None, "mean_roc_auc": 0.5}
+    assert figures({"tagging": tagging, "detection": detection}) == {
+        "mean_average_precision": 0.5, "intersection_macro_f1": 0.75, "event_based_macro_f1": 0.25,
+        "psds1": 0.125, "psds2": 0.5,
+    }  # fmt: skip
     # Of scenes, whose report is flat.
-    assert figures({"accuracy_pad": 0.5, "clips": 10, "test_fold": 1}) == {"accuracy_pad": 0.5}
+    flat = {"accuracy_pad": 0.5, "clips": 10, "test_fold": 1, "psds1": 0.25, "intervals": {"event_based": [0.0, 1.0]}}
+    assert figures(flat) == {"accuracy_pad": 0.5, "psds1": 0.25}

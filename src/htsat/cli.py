@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from htsat import __version__
+from htsat.commands.calibrate import calibrate
 from htsat.commands.console import Progress, tell
-from htsat.commands.data import data
-from htsat.commands.evaluate import evaluate
+from htsat.commands.data import DataCommand, data
+from htsat.commands.evaluate import Classes, evaluate
+from htsat.commands.score import score
 from htsat.commands.train import train
 from htsat.errors import AudioError, ConfigError, HtsatError, OutputError, UsageError
 
@@ -60,6 +62,13 @@ class Short(StrEnum):
     pad = "pad"
     tile = "tile"
     native = "native"
+
+
+class Decision(StrEnum):
+    """How a CNN14 of PANNs decides on a clip."""
+
+    max = "max"
+    clip = "clip"
 
 
 class Pooling(StrEnum):
@@ -136,7 +145,7 @@ def tag(
     run = _Run(inputs)
     if out is not None:
         run.check_target(out)
-    predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling)
+    predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling, 1)
     results = []
     with run:
         try:
@@ -166,6 +175,14 @@ def detect(
         ),
     ] = None,
     model: Model = "default",
+    operating_point: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Settings that the model has by name: high_precision, balanced, high_recall (see htsat calibrate).",
+            show_default="the model's",
+        ),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Posterior that an event must reach.", show_default="the model's")
     ] = None,
@@ -185,6 +202,22 @@ def detect(
         float | None,
         typer.Option(min=0, max=600, help="Join events with smaller gaps (s).", show_default="the model's"),
     ] = None,
+    shifts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=32,
+            help="Hear each chunk so often, moved by parts of a time step: finer times, as much slower.",
+            show_default="the model's",
+        ),
+    ] = None,
+    classes: Annotated[
+        Classes | None,
+        typer.Option(
+            help="Count AudioSet's classes as DESED's ten: by meaning, or by the published map.",
+            show_default="the model's",
+        ),
+    ] = None,
     short: ShortOption = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -195,6 +228,8 @@ def detect(
     allow_truncated: Truncated = False,
 ) -> None:
     """Say what sounds when in each recording: events with onset and offset in seconds."""
+    import dataclasses
+
     from htsat.formats import FORMATS, format_events
     from htsat.plot import PICTURE_ENDINGS
 
@@ -214,7 +249,12 @@ def detect(
         run.check_target(plot)
     elif plot is not None:
         run.check_folder(plot)
-    predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, None)
+    predictor = _predictor(
+        model, device, threads, batch_size, cache_dir, endpoint, offline, short, None, shifts, classes
+    )
+    if operating_point is not None:
+        point = predictor.config.decoding_at(operating_point)
+        predictor.config = dataclasses.replace(predictor.config, decoding=point)
     predictor.config = _with_decoding(
         predictor.config, threshold=threshold, threshold_off=threshold_off,
         median_seconds=median, min_duration=min_duration, min_gap=min_gap,
@@ -256,13 +296,27 @@ def convert(
     hop_length: Annotated[
         int | None, typer.Option(help="Samples between log-mel frames.", show_default="inferred")
     ] = None,
+    f_max: Annotated[
+        float | None, typer.Option(help="Hz, upper edge of the mel filters.", show_default="inferred, or 14000")
+    ] = None,
+    decision: Annotated[
+        Decision | None,
+        typer.Option(help="CNN14: a clip is its most probable frame, or classified whole.", show_default="by its name"),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in half precision.")] = False,
 ) -> None:
-    """Turn published HTS-AT, LAION-CLAP, Hugging Face CLAP or Swin weights into a checkpoint of ours."""
+    """Turn published HTS-AT, CNN14 (PANNs), LAION-CLAP, Hugging Face CLAP or Swin weights into a checkpoint of ours."""
     from htsat.model.checkpoint import save_checkpoint
     from htsat.model.convert import convert as convert_weights
 
-    model, config, report = convert_weights(source, labels=labels, sample_rate=sample_rate, hop_length=hop_length)
+    model, config, report = convert_weights(
+        source,
+        labels=labels,
+        sample_rate=sample_rate,
+        hop_length=hop_length,
+        f_max=f_max,
+        decision=None if decision is None else decision.value,
+    )
     print(report.summary(), file=sys.stderr)
     save_checkpoint(target, model, config, dtype="float16" if half else "float32")
     print(target)
@@ -298,7 +352,7 @@ def info(
     offline: Offline = False,
 ) -> None:
     """Say what a checkpoint is: architecture, front end, labels, settings and where it comes from."""
-    from htsat.config import to_dict
+    from htsat.config import USED_BY, to_dict
     from htsat.model.checkpoint import count_parameters, read_config
     from htsat.model.hub import resolve
 
@@ -313,8 +367,12 @@ def info(
     print(f"time step    {config.token_seconds:g} s, {config.num_tokens} in {config.model.chunk_seconds:g} s")
     print(f"labels       {', '.join(config.labels) or 'none: an encoder that gives embeddings'}")
     sections = to_dict(config)
-    for section in ("frontend", "model", "objective", "framewise", "decoding", "inference", "provenance"):
+    shown = ("frontend", "model", "objective", "framewise", "calibration", "decoding", "operating_points", "inference")
+    for section in (*shown, "provenance"):
         values = sections[section]
+        if section == "model":  # what other architectures have means nothing here
+            own = config.model.architecture
+            values = {key: value for key, value in values.items() if own in USED_BY.get(key, (own,))}
         if isinstance(values, dict):
             print(section)
             for key, value in values.items():
@@ -325,7 +383,9 @@ def info(
 
 app.command()(train)
 app.command()(evaluate)
-app.command()(data)
+app.command()(score)
+app.command()(calibrate)
+app.command(cls=DataCommand)(data)
 
 
 def _predictor(
@@ -338,6 +398,8 @@ def _predictor(
     offline: bool,
     short: Short | None,
     pooling: Pooling | None,
+    shifts: int | None,
+    classes: Classes | None = None,
 ) -> "Predictor":
     import dataclasses
 
@@ -351,6 +413,7 @@ def _predictor(
         cache_dir=cache_dir,
         endpoint=endpoint,
         offline=offline or None,
+        classes=None if classes is None else classes.value,
     )
     if not predictor.labels:
         raise UsageError(f"model {model!r} has no classes, it gives embeddings only; choose another (htsat models)")
@@ -359,7 +422,12 @@ def _predictor(
         inference = dataclasses.replace(inference, short=short.value)
     if pooling is not None:
         inference = dataclasses.replace(inference, clip_pooling=pooling.value)
-    predictor.config = dataclasses.replace(predictor.config, inference=inference)
+    if shifts is not None:
+        inference = dataclasses.replace(inference, shifts=shifts)
+    try:
+        predictor.config = dataclasses.replace(predictor.config, inference=inference)
+    except ConfigError as error:
+        raise UsageError(f"these settings do not go together: {error}") from None
     return predictor
 
 

@@ -10,14 +10,21 @@ import functools
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from htsat.config import CheckpointConfig, DecodingConfig
 from htsat.errors import DataError, UsageError, nearest
 
 #: what ``label_set`` knows
 LABEL_SETS = ("audioset", "esc50", "esc10", "speech_commands_v2", "desed")
+#: what ``class_map`` knows: DESED's classes by meaning, and by the published map
+CLASS_MAPS = ("desed", "desed-published")
 
 #: bytes; a file of 100 000 labels has a few megabytes
 _MAX_FILE = 16 << 20
@@ -92,6 +99,21 @@ _DESED_CORRECTED: dict[str, tuple[str, ...]] = {
     "Vacuum_cleaner": ("Vacuum cleaner",),
 }
 
+# The published thresholds (Source: upstream ``fl_evaluate.py``, fl_mapping, those of the token-semantic model). They
+# were set by hand, and no development set is named.
+_DESED_THRESHOLDS = {
+    "Speech": 0.275,
+    "Frying": 0.2,
+    "Dishes": 0.2,
+    "Running_water": 0.23,
+    "Blender": 0.48,
+    "Electric_shaver_toothbrush": 0.2,
+    "Alarm_bell_ringing": 0.18,
+    "Cat": 0.51,
+    "Dog": 0.39,
+    "Vacuum_cleaner": 0.14,
+}
+
 
 def _asset(name: str) -> str:
     return (files("htsat") / "assets" / "labels" / name).read_text(encoding="utf-8")
@@ -142,6 +164,99 @@ def desed_map(which: Literal["published", "corrected"] = "corrected") -> dict[st
         raise UsageError(f"unknown DESED class map {which!r}; known: published, corrected")
     names = label_set("audioset")
     return {label: tuple(sorted(map(names.index, members))) for label, members in _DESED_CORRECTED.items()}
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Counts the classes of a model as those of another label set.
+
+    Attributes:
+        name: one of ``CLASS_MAPS``.
+        labels: the other label set.
+        members: for each of its labels the indices of the model's classes that count as it, at least one.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+
+    def __call__(self, posteriors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the posteriors of the other label set: (..., classes of the model) -> (..., labels).
+
+        A label sounds where any of its classes does, so its posterior is the largest of theirs: it is at a threshold
+        where one of them is.
+        """
+        columns = [posteriors[..., list(members)].max(axis=-1) for members in self.members]
+        return np.stack(columns, axis=-1)
+
+
+def class_map(name: str, labels: Sequence[str]) -> ClassMap:
+    """Return the map from a model's classes to another label set.
+
+    Args:
+        name: ``desed`` (its ten classes by meaning) or ``desed-published`` (as in the paper's table).
+        labels: of the model, in order of its outputs: AudioSet's display names, all that the map needs.
+
+    Raises:
+        UsageError: unknown map, or a model that lacks some of the classes that it needs.
+    """
+    if name not in CLASS_MAPS:
+        raise UsageError(f"unknown classes {name!r}{nearest(name, CLASS_MAPS)}; known: {', '.join(CLASS_MAPS)}")
+    names, place = label_set("audioset"), {label: index for index, label in enumerate(labels)}
+    mapped = desed_map("published" if name == "desed-published" else "corrected")
+    needed = {label: [names[index] for index in members] for label, members in mapped.items()}
+    lacking = [member for members in needed.values() for member in members if member not in place]
+    if lacking:
+        raise UsageError(
+            f"classes {name!r} are made of AudioSet's, but the model has {len(place)} classes and lacks "
+            f"{len(lacking)} of those, first {lacking[0]!r}{nearest(lacking[0], place)}; choose a model of AudioSet"
+        )
+    members = tuple(tuple(place[member] for member in needed[label]) for label in label_set("desed"))
+    return ClassMap(name, label_set("desed"), members)
+
+
+def counted_classes(config: CheckpointConfig) -> ClassMap | None:
+    """Return what a checkpoint's classes are counted as (``inference.classes``); None: as themselves.
+
+    Raises:
+        UsageError: the model lacks classes of the map, or decoding settings name a label that neither set has.
+    """
+    if config.inference.classes is None:
+        return None
+    counted = class_map(config.inference.classes, config.labels)
+    for decoding in (config.decoding, *config.operating_points.values()):
+        for label in decoding.per_class:
+            if label not in counted.labels and label not in config.labels:
+                raise UsageError(
+                    f"decoding names the label {label!r}, which neither the model nor {counted.name} has"
+                    f"{nearest(label, counted.labels)}"
+                )
+    return counted
+
+
+def heard_labels(config: CheckpointConfig) -> tuple[str, ...]:
+    """Return the labels of the posteriors that a checkpoint gives: the model's, or what they are counted as.
+
+    Raises:
+        UsageError: see ``counted_classes``.
+    """
+    counted = counted_classes(config)
+    return config.labels if counted is None else counted.labels
+
+
+def desed_decoding() -> DecodingConfig:
+    """Return the published decoding of DESED's ten classes: a threshold for each, no filter, every length and gap.
+
+    A published frame is active above its threshold, one of ours at or above it: the thresholds are the next larger
+    numbers that a posterior can be.
+    """
+    per_class = {}
+    for label, threshold in _DESED_THRESHOLDS.items():
+        above = np.float32(threshold)
+        if float(above) <= threshold:
+            above = np.nextafter(above, np.float32(1))
+        per_class[label] = {"threshold": float(above)}
+    return DecodingConfig(per_class=per_class)
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:

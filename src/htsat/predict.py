@@ -19,22 +19,25 @@ from numpy.typing import NDArray
 from htsat.audio.chunk import Chunk, Stitcher, chunk_stream, num_tokens, pool_chunks
 from htsat.audio.decode import AudioSource, open_audio
 from htsat.audio.resample import prefetch, resample
-from htsat.config import CheckpointConfig, DecodingConfig, InferenceConfig
+from htsat.config import CheckpointConfig, DecodingConfig, InferenceConfig, LogitCalibration
 from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, UsageError
 from htsat.events import Event, Tag
 from htsat.files import write_atomic
 from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags
 from htsat.grid import FrameGrid
+from htsat.labels import counted_classes, heard_labels
 from htsat.plot import PICTURE_ENDINGS, SpectrogramOverview, save_plot
 
 if TYPE_CHECKING:
-    from htsat.model.htsat import HTSAT
+    from htsat.model.base import SoundModel
 
 Array = NDArray[np.float32]
 
 #: largest magnitude of a sample: far above 32-bit integers taken for floats, far below what overflows in a spectrum
 _MAX_SAMPLE = 1e12
+#: frames that are computed together where all would double the memory
+_ROWS_AT_ONCE = 4096
 
 
 class Backend(Protocol):
@@ -71,11 +74,12 @@ class Prediction:
     Attributes:
         file: name of the recording, as given; of a path every character, so that it finds the file again.
         duration: seconds.
-        labels: the model's classes.
+        labels: the model's classes, or those that they are counted as.
         tags: every class, most probable first.
         events: in time order.
         clipwise_posteriors: (num_classes,) float32 in [0, 1].
-        framewise_posteriors: (num_frames, num_classes) float32 in [0, 1], at the model's true resolution.
+        framewise_posteriors: (num_frames, num_classes) float32 in [0, 1], at the model's true resolution, or finer
+            (``InferenceConfig.shifts``).
         frame_boundaries: (num_frames + 1,) float64, seconds; the last one is ``duration``.
         embedding: (width,) float32, the mean over the recording.
         overview: spectrogram for pictures; None if it was not asked for.
@@ -146,14 +150,18 @@ class Predictor:
         batch_size: chunks per pass of the network.
         threads: CPU threads of the network; None leaves PyTorch's setting.
         decoding: how posteriors become events; None: as the checkpoint says.
+        operating_point: the same by name, from those that the checkpoint has (``high_precision`` ...).
         inference: how recordings are cut and pooled; None: as the checkpoint says.
+        classes: count AudioSet's classes as those of another label set: ``desed``, or ``desed-published`` by the
+            map of the paper; None: as the checkpoint says.
         cache_dir: where downloaded models are kept; None: the usual place.
         endpoint: address of the model hub; None: the usual one.
         offline: True: never download.
 
     Raises:
         CheckpointError, DownloadError: the model cannot be had.
-        UsageError: the device is unknown or absent.
+        UsageError: the device is unknown or absent, or the operating point is; or the model has not the classes
+            that are to be counted.
     """
 
     def __init__(
@@ -164,7 +172,9 @@ class Predictor:
         batch_size: int = 4,
         threads: int | None = None,
         decoding: DecodingConfig | None = None,
+        operating_point: str | None = None,
         inference: InferenceConfig | None = None,
+        classes: Literal["desed", "desed-published"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         endpoint: str | None = None,
         offline: bool | None = None,
@@ -173,12 +183,20 @@ class Predictor:
 
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        if decoding is not None and operating_point is not None:
+            raise UsageError("decoding and operating_point exclude each other; give one")
         network = load_model(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline)
         config = network.checkpoint
-        changes = {"decoding": decoding or config.decoding, "inference": inference or config.inference}
-        self.config: CheckpointConfig = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
-        self.model: HTSAT = network
-        self.labels = list(config.labels)
+        if operating_point is not None:
+            decoding = config.decoding_at(operating_point)
+        inference = inference or config.inference
+        if classes is not None:
+            inference = dataclasses.replace(inference, classes=classes)
+        self.config: CheckpointConfig = dataclasses.replace(
+            config, decoding=decoding or config.decoding, inference=inference
+        )
+        self.model: SoundModel = network
+        self.labels = list(heard_labels(self.config))
         self._batch_size = batch_size
         self._backend: Backend = TorchBackend(network, device=device, threads=threads)
 
@@ -205,8 +223,7 @@ class Predictor:
             MemoryError: the device has too little memory for a batch.
         """
         config = self.config
-        rate, chunk_samples = config.frontend.sample_rate, config.heard_samples
-        tokens_per_chunk = config.heard_tokens
+        rate, counted = config.frontend.sample_rate, counted_classes(config)
         overview = SpectrogramOverview(rate) if spectrogram else None
         num_samples = 0
 
@@ -221,7 +238,7 @@ class Predictor:
                         overview.add(block)
                     yield block
 
-            stitcher = Stitcher(len(self.labels), tokens_per_chunk)
+            framewise_of = Framewise(config)
             clipwise, embeddings, lengths = [], [], []
             # The next batch is made while the network works on this one. Closed before the reader is, whatever
             # happens: a decoder must not be freed under the thread that decodes.
@@ -232,11 +249,13 @@ class Predictor:
                 for batch in _batches(ahead, self._batch_size):
                     samples = np.stack([chunk.samples for chunk in batch])
                     clip_logits, frame_logits, embedding = run_backend(self._backend, samples, self._batch_size)
-                    clipwise.append(to_posteriors(clip_logits, config.objective))
-                    embeddings.append(embedding)
+                    # What sounds in a recording is told by its chunks alone, when by the moved ones too.
+                    unmoved = [index for index, chunk in enumerate(batch) if not chunk.shift]
+                    clipwise.append(to_posteriors(clip_logits[unmoved], config))
+                    embeddings.append(embedding[unmoved])
+                    lengths += [batch[index].length for index in unmoved]
                     for chunk, logits in zip(batch, frame_logits, strict=True):
-                        stitcher.add(chunk.start_token, frame_posteriors(logits, config))
-                        lengths.append(chunk.length)
+                        framewise_of.add(chunk, logits)
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
             file = reader.name
@@ -247,8 +266,10 @@ class Predictor:
 
         duration = num_samples / rate
         weights = np.asarray(lengths, dtype=np.float64)
-        framewise = stitcher.finish(num_tokens(num_samples, chunk_samples, tokens_per_chunk))
+        framewise = framewise_of.finish(num_samples)
         clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
+        if counted is not None:
+            clip = counted(clip)
         grid = FrameGrid(frame_boundaries(len(framewise), duration, config))
         order = np.argsort(-clip, kind="stable")
         drawn = None
@@ -276,7 +297,7 @@ def heard_chunks(blocks: Iterable[Array], config: CheckpointConfig) -> Iterator[
     inference = config.inference
     hop_tokens = min(config.heard_tokens, max(1, round(inference.hop_seconds / config.token_seconds)))
     short: Literal["pad", "tile"] = "tile" if inference.short == "tile" else "pad"
-    for chunk in chunk_stream(blocks, config.heard_samples, config.heard_tokens, hop_tokens, short):
+    for chunk in chunk_stream(blocks, config.heard_samples, config.heard_tokens, hop_tokens, short, inference.shifts):
         if inference.short == "native" and not chunk.start_token:
             chunk = dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
         yield chunk
@@ -298,18 +319,86 @@ def run_backend(backend: Backend, chunks: Array, batch_size: int) -> tuple[Array
         raise
 
 
+class Framewise:
+    """Makes the framewise posteriors of a recording of the frame logits of its chunks, in the order they come.
+
+    Chunks that are heard ``shifts`` times answer for tokens that begin at every part of a token. A token says what
+    sounds around its middle: each of the finer frames gets what the token says that has its middle there, or the mean
+    of the two tokens whose middles are nearest on both sides. That keeps edges as steep as the network makes them; the
+    mean of all tokens that cover a frame would smooth them once more.
+
+    Args:
+        config: of the model.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self._config = config
+        self._counted = counted_classes(config)
+        self._shifts = config.inference.shifts
+        num_classes = len(heard_labels(config))
+        # Rows are tokens by when they begin, a row for each part of a token. The first rows begin before the recording.
+        self._stitcher = Stitcher(num_classes, config.heard_frames)
+        self._rows = np.empty((config.heard_tokens, self._shifts, num_classes), dtype=np.float32)
+        self._heard = 0  # rows that the network has answered for
+
+    def add(self, chunk: Chunk, logits: Array) -> None:
+        """Add the (num_tokens, num_classes) frame logits of the next chunk that ``heard_chunks`` gave."""
+        posteriors = frame_posteriors(logits, self._config)
+        if self._counted is not None:
+            posteriors = self._counted(posteriors)
+        self._rows[:, self._shifts - 1 - chunk.shift] = posteriors
+        if not chunk.shift:  # the last one of its chunk
+            self._stitcher.add(
+                chunk.start_token * self._shifts, self._rows.reshape(self._config.heard_frames, self._rows.shape[2])
+            )
+            self._heard = (chunk.start_token + len(logits)) * self._shifts
+
+    def finish(self, num_samples: int) -> Array:
+        """Return the framewise posteriors of a recording of ``num_samples``, (num_frames, num_classes)."""
+        num_frames = num_tokens(num_samples, self._config.heard_samples, self._config.heard_frames)
+        rows = self._stitcher.finish(max(num_frames, min(self._heard, num_frames + self._shifts // 2)))
+        return rows if self._shifts == 1 else centred(rows, num_frames, self._shifts)
+
+
+def centred(rows: Array, num_frames: int, shifts: int) -> Array:
+    """Return for each frame what the tokens say that have their middle there, (num_frames, num_classes).
+
+    Args:
+        rows: (num_rows, num_classes), at least ``num_frames`` rows, which are overwritten: row ``i`` is of the token of
+            ``shifts`` frames that begins with frame ``i - shifts + 1``. The last one stands for those that are missing.
+        num_frames: how many frames there are.
+        shifts: frames of a token; an even number of them has its middle between two frames.
+    """
+    last = len(rows) - 1
+    for start in range(0, num_frames, _ROWS_AT_ONCE):  # in place: there may be as many rows as memory holds
+        frames = np.arange(start, min(start + _ROWS_AT_ONCE, num_frames))
+        before, after = (rows[np.minimum(frames + to_middle, last)] for to_middle in ((shifts - 1) // 2, shifts // 2))
+        rows[start : start + len(frames)] = (before + after) / 2
+    return rows[:num_frames]
+
+
 def frame_boundaries(num_frames: int, duration: float, config: CheckpointConfig) -> NDArray[np.float64]:
     """Return the (num_frames + 1,) seconds between the frames of a recording; the last one is its end."""
     # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
-    step = config.heard_samples / (config.heard_tokens * config.frontend.sample_rate)
+    step = config.heard_samples / (config.heard_frames * config.frontend.sample_rate)
     boundaries = np.arange(num_frames + 1, dtype=np.float64) * step
     boundaries[-1] = duration
     return boundaries
 
 
-def to_posteriors(logits: Array, objective: str) -> Array:
+def to_posteriors(logits: Array, config: CheckpointConfig) -> Array:
     """Return clip posteriors of clip logits (..., num_classes): each class for itself, or all adding up to 1."""
-    return softmax(logits) if objective == "single_label" else sigmoid(logits)
+    logits = calibrated(logits, config.calibration.clipwise)
+    return softmax(logits) if config.objective == "single_label" else sigmoid(logits)
+
+
+def calibrated(logits: Array, calibration: LogitCalibration) -> Array:
+    """Return logits (..., num_classes) scaled and moved as the calibration says; without one exactly those given."""
+    if calibration.scale:
+        logits = logits * np.asarray(calibration.scale, dtype=np.float32)
+    if calibration.bias:
+        logits = logits + np.asarray(calibration.bias, dtype=np.float32)
+    return logits
 
 
 def sigmoid(logits: Array) -> Array:
@@ -328,6 +417,7 @@ def frame_posteriors(logits: Array, config: CheckpointConfig) -> Array:
     Returns:
         (config.heard_tokens, num_classes), 0 behind those tokens.
     """
+    logits = calibrated(logits, config.calibration.framewise)
     known = softmax(logits) if config.framewise == "softmax" else sigmoid(logits)
     return np.concatenate([known, np.zeros((config.heard_tokens - len(known), known.shape[1]), np.float32)])
 

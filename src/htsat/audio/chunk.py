@@ -12,6 +12,9 @@ The contract:
   at 0, hop, 2 hop ... tokens as long as they lie inside it, and a last one that begins at the first
   token from which it reaches the end: less than one token of it is silence. Every sample is in a
   chunk, no chunk occurs twice, and the last token of the last chunk is the last of the recording.
+* With ``shifts`` = N each chunk comes N times, moved towards the beginning by (N - 1)/N ... 1/N of a token and not at
+  all: by so much its tokens lie earlier. What lies before the recording is silence, or, if it is tiled, the end of a
+  repetition. A moved chunk is not longer, so that it ends earlier too.
 * ``Stitcher`` cross-fades overlapping chunks on that grid. Where one chunk alone covers a token, its
   posterior passes unchanged, bit for bit.
 """
@@ -43,15 +46,17 @@ class Chunk:
 
     Attributes:
         samples: (chunk_samples,) float32.
-        start_token: where it begins on the token grid of the recording.
-        start_sample: the same in samples.
-        length: how many samples are of the recording; the rest is silence or repetition.
+        start_token: where it begins on the token grid of the recording, if it is not moved.
+        start_sample: where it begins in samples; negative before the recording.
+        length: how many samples of it, if it is not moved, are of the recording; the rest is silence or repetition.
+        shift: by how many of ``shifts`` parts of a token it begins earlier.
     """
 
     samples: NDArray[np.float32]
     start_token: int
     start_sample: int
     length: int
+    shift: int = 0
 
 
 def chunk_stream(
@@ -60,6 +65,7 @@ def chunk_stream(
     tokens_per_chunk: int,
     hop_tokens: int,
     short: Literal["pad", "tile"],
+    shifts: int = 1,
 ) -> Iterator[Chunk]:
     """Cut a stream of samples into chunks (see the module docstring).
 
@@ -71,9 +77,10 @@ def chunk_stream(
         tokens_per_chunk: tokens of a chunk, at most ``chunk_samples``.
         hop_tokens: tokens between the starts of chunks, 1 to ``tokens_per_chunk``.
         short: what follows a recording shorter than a chunk.
+        shifts: how often each chunk comes; ``shifts * tokens_per_chunk`` is at most ``chunk_samples``.
 
     Yields:
-        chunks by increasing ``start_token``; none for a recording without samples.
+        chunks by increasing ``start_token`` and, of each, decreasing ``shift``; none for a recording without samples.
 
     Raises:
         ValueError: an argument outside its range.
@@ -84,14 +91,31 @@ def chunk_stream(
         raise ValueError(f"hop_tokens must be 1 to {tokens_per_chunk} (more leaves gaps), got {hop_tokens}")
     if short not in ("pad", "tile"):
         raise ValueError(f"short must be 'pad' or 'tile', got {short!r}")
-    return _chunks(blocks, chunk_samples, tokens_per_chunk, hop_tokens, short)
+    if not 1 <= shifts <= chunk_samples // tokens_per_chunk:
+        raise ValueError(f"shifts must be 1 to {chunk_samples // tokens_per_chunk} (samples of a token), got {shifts}")
+    return _chunks(blocks, chunk_samples, tokens_per_chunk, hop_tokens, short, shifts)
 
 
 def _chunks(
-    blocks: Iterable[NDArray[np.float32]], chunk_samples: int, tokens_per_chunk: int, hop_tokens: int, short: str
+    blocks: Iterable[NDArray[np.float32]],
+    chunk_samples: int,
+    tokens_per_chunk: int,
+    hop_tokens: int,
+    short: str,
+    shifts: int,
 ) -> Iterator[Chunk]:
     def start_of(token: int) -> int:
         return token_sample(token, chunk_samples, tokens_per_chunk)
+
+    def moved(token: int, known: NDArray[np.float32], first: int, length: int) -> Iterator[Chunk]:
+        """Cut the chunk at ``token``, and those moved, from the samples ``known``, the first of which is ``first``."""
+        for shift in reversed(range(shifts)):
+            start = token_sample(token * shifts - shift, chunk_samples, tokens_per_chunk * shifts)
+            samples = np.zeros(chunk_samples, dtype=np.float32)
+            there = known[max(start - first, 0) : start - first + chunk_samples]
+            at = max(first - start, 0)
+            samples[at : at + len(there)] = there
+            yield Chunk(samples, token, start, length, shift)
 
     held: list[NDArray[np.float32]] = []  # blocks from sample `first` on, joined only when a chunk is complete
     first = 0
@@ -105,12 +129,11 @@ def _chunks(
         if start_of(token) + chunk_samples > total:
             continue
         joined = np.concatenate(held)
-        while (start := start_of(token)) + chunk_samples <= total:
-            samples = joined[start - first : start - first + chunk_samples].copy()
-            yield Chunk(samples, token, start, chunk_samples)
+        while start_of(token) + chunk_samples <= total:
+            yield from moved(token, joined, first, chunk_samples)
             token += hop_tokens
-        # the last chunk may begin at any token after the one just given
-        keep = start_of(token - hop_tokens + 1)
+        # the last chunk may begin at any token after the one just given, and moved ones a token earlier
+        keep = start_of(token - hop_tokens + (shifts == 1))
         held = [joined[keep - first :].copy()]
         first = keep
     if not total:
@@ -118,21 +141,18 @@ def _chunks(
     if total <= chunk_samples:
         if token:
             return
-        recording = np.concatenate(held)
-        samples = np.zeros(chunk_samples, dtype=np.float32)
+        recording, first = np.concatenate(held), 0
         if short == "tile":
-            samples[:] = np.resize(recording, chunk_samples)
-        else:
-            samples[:total] = recording
-        yield Chunk(samples, 0, 0, total)
+            # From as many whole repetitions before the beginning on as a token may reach back.
+            first = -total * (-start_of(-1) // total + 1) if shifts > 1 else 0
+            recording = np.resize(recording, chunk_samples - first)
+        yield from moved(0, recording, first, total)
         return
     last = num_tokens(total, chunk_samples, tokens_per_chunk) - tokens_per_chunk
     start = start_of(last)
     if last <= token - hop_tokens:
         return
-    samples = np.zeros(chunk_samples, dtype=np.float32)
-    samples[: total - start] = np.concatenate(held)[start - first :]
-    yield Chunk(samples, last, start, total - start)
+    yield from moved(last, np.concatenate(held), first, total - start)
 
 
 class Stitcher:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: figures that a finished run shows, the most important ones first
 SHOWN = (
     "accuracy", "mean_average_precision", "mean_roc_auc", "macro_f1", "accuracy_pad", "accuracy_tile",
-    "intersection_macro_f1", "event_based_macro_f1",
+    "intersection_macro_f1", "event_based_macro_f1", "psds1", "psds2",
 )  # fmt: skip
 
 

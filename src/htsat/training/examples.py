@@ -321,7 +321,7 @@ class CutReader:
 
 
 def with_length(recipe: Recipe, clips: Sequence[Clip], reader: ClipReader) -> Recipe:
-    """Return the recipe with the length of its examples; at native length it is also that of the chunks heard later."""
+    """Return the recipe with the length of its examples, and with hearing short clips later as they are trained."""
     config, seconds = recipe.checkpoint({}), recipe.data.clip_seconds
     if not seconds:
         durations = []
@@ -335,6 +335,8 @@ def with_length(recipe: Recipe, clips: Sequence[Clip], reader: ClipReader) -> Re
         size = config.native_size(min(config.chunk_samples, round(most * recipe.frontend.sample_rate)))
         seconds = recipe.model.chunk_seconds / size
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, clip_seconds=seconds))
+    if recipe.train.fit == "tile":  # heard later as it was trained
+        return dataclasses.replace(recipe, inference=dataclasses.replace(recipe.inference, short="tile"))
     if recipe.train.fit != "native":
         return recipe
     part = config.native_size(round(seconds * recipe.frontend.sample_rate))

@@ -162,8 +162,15 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
-    """Return rows as columns of equal width, two spaces apart; ``right`` says which are flush right."""
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> str:
+    """Return rows as columns of equal width, two spaces apart.
+
+    Args:
+        rows: cells, as many in each.
+        right: which columns are flush right; None: all but the first.
+    """
+    if right is None:
+        right = [column > 0 for column in range(len(rows[0]))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(right))]
     lines = (
         "  ".join(

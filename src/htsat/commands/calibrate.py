@@ -363,6 +363,8 @@ def _table(
     found: "dict[str, ProbabilityCalibration]",
 ) -> str:
     """Return all figures for people."""
+    from htsat.formats import aligned
+
     data = figures["data"]
     part = f", {data['part']}" if data["part"] else ""
     lines = [
@@ -376,7 +378,7 @@ def _table(
         for key, title in (("nll", "NLL"), ("brier_score", "Brier score"), ("calibration_error", "ECE, equal mass")):
             values = (getattr(when, key) for when in (one.before, one.after, one.cross_validated))
             rows.append([title, *(f"{value:.4f}" for value in values)])
-        lines += _aligned(rows)
+        lines.append(aligned(rows).rstrip("\n"))
     if decoding is None:
         return "\n".join(lines) + "\n"
     lines += [
@@ -403,19 +405,10 @@ def _table(
             + ["-" if balanced is None else f"{balanced.f1:.3f}", "-" if unseen is None else f"{unseen:.3f}"]
             + points
         )
-    lines += _aligned(rows)
+    lines.append(aligned(rows).rstrip("\n"))
     few = [label for label, one_class in decoding.per_class.items() if one_class.cross_validated_f1 is None]
     if few:
         lines.append(f"too few events for settings of their own: {', '.join(few)}")
     if any(one_class.unreachable for one_class in decoding.per_class.values()):
         lines.append("* the precision or recall asked for is not reached; the nearest is taken")
     return "\n".join(lines) + "\n"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines: the first column left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]

@@ -165,7 +165,7 @@ def _table(
         f"{side}  {table.path}: {len(table.events)} files, {table.num_events} events"
         for side, table in (("reference", truth), ("estimated", found))
     ]
-    text = "\n".join(lines) + "\n\n" + aligned(rows, (False, *[True] * (width - 1)))
+    text = "\n".join(lines) + "\n\n" + aligned(rows)
     if not per_class:
         return text
     for name, scores in report.by_metric.items():
@@ -174,12 +174,12 @@ def _table(
             [label, _number(one.f1), *_rates(one), str(one.tp), str(one.fp), str(one.fn)]
             for label, one in scores.per_class.items()
         ]
-        text += "\n" + aligned([head, *body], (False, *[True] * (len(head) - 1)))
+        text += "\n" + aligned([head, *body])
     if psds:
         head = ["area below the staircase of a class", *(name.upper() for name in psds)]
         first = next(iter(psds.values()))
         body = [[label, *(_number(one.per_class[label]) for one in psds.values())] for label in first.per_class]
-        text += "\n" + aligned([head, *body], (False, *[True] * len(psds)))
+        text += "\n" + aligned([head, *body])
     return text
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from htsat.data.clips import Clip, clip_name
 from htsat.evaluation.evaluate import Evaluation, Mistake
 from htsat.evaluation.scores import DETECTION_TITLES, PSDS, TITLES, DetectionReport, Interval, psds_demands
+from htsat.formats import aligned
 from htsat.metrics.tagging import CalibrationCurve, precision_recall_curve
 from htsat.plot import PALETTE
 
@@ -142,14 +143,14 @@ def table(evaluation: Evaluation) -> str:
     figures = [["metric", "value", "95 % interval"]]
     for _, title, value, interval in _headline(evaluation):
         figures.append([title, number(value), f"{number(interval[0])} to {number(interval[1])}" if interval else ""])
-    lines += [*_aligned(figures), ""]
+    lines += [aligned(figures)]
     classes = [["class", "clips", "average precision", "ROC area", "precision", "recall", "F1"]]
     for label, one in evaluation.tagging.per_class.items():
         values = (one.average_precision, one.roc_auc, one.precision, one.recall, one.f1)
         classes.append([label, str(one.positives), *map(number, values)])
-    lines += _aligned(classes)
+    lines.append(aligned(classes).rstrip("\n"))
     for title, _, (head, *body) in _detection_tables(evaluation):
-        lines += ["", title, *_aligned([head, *body])]
+        lines += ["", title, aligned([head, *body]).rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 
@@ -183,15 +184,6 @@ def _detection_tables(evaluation: Evaluation) -> list[tuple[str, str, list[list[
             rows.append([label, *map(number, values)])
         tables.append(("at all thresholds", "; ".join(words), rows))
     return tables
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
 
 
 # ---------------------------------------------------------------------- HTML

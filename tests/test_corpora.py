@@ -11,7 +11,7 @@ from shared_data import shared
 
 from htsat.data import corpora
 from htsat.data.corpora import read_esc, read_keywords, read_strong, read_table, read_unlabelled
-from htsat.errors import DataError
+from htsat.errors import ConfigError, DataError
 from htsat.events import Event
 from htsat.training import material as material_module
 from htsat.training.material import load_material
@@ -403,3 +403,44 @@ def test_real_held_out_fold_never_enters_training(monkeypatch, fold):
     used, held_out = check_fold_is_held_out(monkeypatch, recipe, shared("data"), fold)
     assert len(held_out) == (120 if fold == 4 else 0)
     assert len(used) == {1: 194, 4: 500}[fold]
+
+
+# ------------------------------------------------------------------ sounds of no class
+
+
+def make_others(root):
+    """A folder like ESC-50's: two clips of a class that counts and three of others, of folds 1 and 2."""
+    folder = root / "others"
+    (folder / "audio").mkdir(parents=True)
+    (folder / "meta").mkdir()
+    rows = [("1-1-A-0.wav", 1, "dog"), ("1-2-A-5.wav", 1, "cat"), ("2-3-A-5.wav", 2, "cat"), ("2-4-A-6.wav", 2, "hen")]
+    lines = ["filename,fold,target,category"]
+    for name, fold, label in rows:
+        shutil.copyfile(next((root / "esc10/audio").glob("*.wav")), folder / "audio" / name)
+        lines.append(f"{name},{fold},0,{label}")
+    (folder / "meta/esc50.csv").write_text("\n".join(lines) + "\n")
+
+
+def others_of(root, *settings):
+    recipe = load_recipe("everyday", [*TINY, "data.others='others'", *settings])
+    return [source.name for source in load_material(recipe, root, lambda line, share: None).mixer._others]
+
+
+def test_other_sounds_are_those_of_other_classes(root):
+    make_others(root)
+    assert others_of(root, "data.test_fold=0") == ["1-2-A-5.wav", "2-3-A-5.wav", "2-4-A-6.wav"]
+    assert others_of(root, "data.test_fold=0", "data.other_labels=['hen']") == ["2-4-A-6.wav"]
+    assert others_of(root, "data.test_fold=1") == ["2-3-A-5.wav", "2-4-A-6.wav"]
+
+
+def test_wrong_other_sounds_are_told(root):
+    make_others(root)
+    base = [*TINY, "data.others='others'"]
+    recipe = load_recipe("everyday", [*base, "data.other_labels=['cow']"])
+    assert "others: no recordings of cow (other_labels)" in problems(load_material, recipe, root, print)
+    recipe = load_recipe("everyday", [*base, "data.test_fold=1", "data.without_folds=[2]"])
+    assert "others: no clips of other classes beside the folds held out" in problems(load_material, recipe, root, print)
+    with pytest.raises(ConfigError, match="'dog' is among labels and among other_labels"):
+        load_recipe("everyday", [*base, "data.other_labels=['dog']"])
+    with pytest.raises(ConfigError, match="other_labels needs others"):
+        load_recipe("everyday", [*TINY, "data.other_labels=['cow']"])

@@ -716,3 +716,36 @@ def test_spec_masks_of_no_masks_and_of_small_clips():
     assert not masked(max_frames=0, max_mels=0).any()
     wide = masked(shape=(64, 5, 4), max_frames=24, max_mels=8)  # masks wider than the clip
     assert wide.any() and not wide.all()
+
+
+# ------------------------------------------------------------------ sounds of no class
+
+
+def others_mixer(**settings):
+    config = MixConfig(**(PLAIN | {"others": 1.0} | settings))
+    other = source("cat", 2.0)
+    return SceneMixer([source()], [], sample_rate=RATE, seconds=10.0, seed=3, config=config, others=[other])
+
+
+def test_other_sounds_are_heard_and_not_told():
+    scenes = [others_mixer(others_alone=0.0).scene(index) for index in range(20)]
+    assert all({e.event_label for e in events} == {"dog"} for _, events in scenes)
+    plain = [mixer(seed=3).scene(index) for index in range(20)]
+    assert sum(np.count_nonzero(w) for w, _ in scenes) > 1.5 * sum(np.count_nonzero(w) for w, _ in plain)
+
+
+def test_some_scenes_hold_other_sounds_alone():
+    scenes = [others_mixer(others_alone=0.5).scene(index) for index in range(60)]
+    silent = [waveform for waveform, events in scenes if not events]
+    assert 15 < len(silent) < 45
+    assert all(waveform.any() for waveform in silent)
+
+
+def test_share_of_scenes_with_other_sounds():
+    scenes = [others_mixer(others=0.3, others_alone=1.0).scene(index) for index in range(200)]
+    assert 35 < sum(not events for _, events in scenes) < 85
+
+
+def test_without_other_sounds_scenes_stay_as_they_were():
+    with_setting = mixer(others=1.0).scene(4)
+    assert with_setting[0].tobytes() == mixer().scene(4)[0].tobytes()

@@ -113,6 +113,10 @@ class MixConfig:
     """Parts of steady sounds longer than this are cut: a random stretch of at least this length is used."""
     texture_max_seconds: float = 5.0
     """Longest stretch of a steady sound."""
+    others: float = 0.4
+    """Share of scenes that also hold sounds of no class, if the mixer has some; they are no events."""
+    others_alone: float = 0.3
+    """Share of these that hold nothing else but a background."""
     filter_db: float = 0.0
     """Largest gain of a random filter for each event, smooth over frequency, up and down; 0: none."""
     reverb: float = 0.0
@@ -139,6 +143,8 @@ class MixConfig:
         _check("speed", self.speed, 0, 1)
         _check("texture_min_seconds", self.texture_min_seconds, 0.01, 600)
         _check("texture_max_seconds", self.texture_max_seconds, 0.01, 600)
+        _check("others", self.others, 0, 1)
+        _check("others_alone", self.others_alone, 0, 1)
         _check("filter_db", self.filter_db, 0, 40)
         _check("reverb", self.reverb, 0, 1)
         _check("min_decay_seconds", self.min_decay_seconds, 0.01, 20)
@@ -211,6 +217,8 @@ class SceneMixer:
         seconds: length of a scene.
         seed: of all scenes.
         config: how scenes are made.
+        others: material of sounds that are of no class: they are laid into scenes and not told, so that a model
+            learns that there is more than its classes.
 
     Raises:
         ValueError: no sources.
@@ -225,6 +233,7 @@ class SceneMixer:
         seconds: float,
         seed: int,
         config: MixConfig,
+        others: Sequence[Source] = (),
     ) -> None:
         if not sources:
             raise ValueError("a mixer needs at least one source")
@@ -233,6 +242,7 @@ class SceneMixer:
             self._by_label.setdefault(source.label, []).append(source)
         self._labels = sorted(self._by_label)
         self.backgrounds = backgrounds
+        self._others = others
         self._rate, self._seed, self._config = sample_rate, seed, config
         self._length = round(seconds * sample_rate)
         self._counts = np.arange(1, config.max_events + 1)
@@ -259,7 +269,15 @@ class SceneMixer:
         if config.reverb and rng.random() < config.reverb:
             decay = rng.uniform(config.min_decay_seconds, config.max_decay_seconds)
             room = room_response(rng, self._rate, decay, reverberant_db=rng.uniform(-15, 0))
-        if rng.random() < easy + config.whole_clip * (1 - easy):
+        if self._others and rng.random() < config.others * (1 - easy):
+            self._place_others(rng, canvas, level, room)
+            alone = rng.random() < config.others_alone
+        else:
+            alone = False
+        placed: list[Placed] = []
+        if alone:
+            pass
+        elif rng.random() < easy + config.whole_clip * (1 - easy):
             placed = self._place_clips(rng, canvas, level, room)
         else:
             placed = self._place_events(rng, canvas, level, room)
@@ -351,6 +369,16 @@ class SceneMixer:
                     break
                 add(source, piece, start, float(np.clip(snr + rng.normal(0, 2), config.min_snr_db, config.max_snr_db)))
         return placed
+
+    def _place_others(self, rng: np.random.Generator, canvas: Waveform, level: float, room: Waveform | None) -> None:
+        """Add one to three sounds of no class at random times, as loud as events are."""
+        for _ in range(int(rng.integers(1, 4))):
+            source = self._others[rng.integers(len(self._others))]
+            piece = self._cut(rng, source)
+            if piece is not None:
+                start = int(rng.integers(0, self._length - len(piece.waveform) + 1))
+                snr = rng.uniform(self._config.min_snr_db, self._config.max_snr_db)
+                self._lay(rng, canvas, source, piece, start, level, snr, room)
 
     def _cut(self, rng: np.random.Generator, source: Source) -> _Piece | None:
         """Cut a part out of a source, of a long steady one a stretch; None if there is nothing to hear."""

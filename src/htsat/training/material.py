@@ -78,12 +78,19 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     test_soundscapes = read(read_strong, data.soundscapes_test if data.test_fold else None)
     backgrounds = read(read_unlabelled, data.backgrounds)
     keywords = read(read_keywords, data.speech, "train")
+    others = read(read_esc, data.others)
 
     folds = sorted({fold for clip in esc for fold in clip.folds})
     esc = [clip for clip in esc if clip.labels[0] in data.labels]
     held_out = {data.test_fold, *data.without_folds}
     train = [clip for clip in esc if not held_out & clip.folds]
     test = [clip for clip in esc if data.test_fold in clip.folds]
+    other_labels = set(data.other_labels) or {clip.labels[0] for clip in others} - set(data.labels)
+    if others and (strange := other_labels - {clip.labels[0] for clip in others}):
+        problems.append(f"{root / str(data.others)}: no recordings of {', '.join(sorted(strange))} (other_labels)")
+    others = [clip for clip in others if clip.labels[0] in other_labels and not held_out & clip.folds]
+    if data.others and not others and not problems:
+        problems.append(f"{root / data.others}: no clips of other classes beside the folds held out")
     if not problems:
         problems += _contradictions(recipe, root, train, soundscapes + test_soundscapes, keywords)
         if data.test_fold and not test:
@@ -94,7 +101,8 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
     soundscapes = [clip for clip in soundscapes if not held_out & clip.folds]
     test_soundscapes = [clip for clip in test_soundscapes if clip.folds == {data.test_fold}]
 
-    todo = len(train) + len(soundscapes) + len(backgrounds) + len(keywords) + len(test) + len(test_soundscapes)
+    todo = len(train) + len(soundscapes) + len(backgrounds) + len(keywords) + len(test)
+    todo += len(others) + len(test_soundscapes)
     done = 0
 
     def decode(clip: Clip) -> Waveform:
@@ -124,6 +132,7 @@ def load_material(recipe: Recipe, root: Path, progress: Progress) -> Material:
         seconds=recipe.model.chunk_seconds,
         seed=recipe.train.seed,
         config=recipe.mix,
+        others=[source(clip) for clip in others],
     )
 
     def soundscape(clip: Clip) -> Soundscape:

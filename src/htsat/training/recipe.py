@@ -65,11 +65,20 @@ class DataConfig:
     speech: str | None = None
     """scenes: keywords (``metadata.csv``); their training split is joined to utterances labelled ``speech``."""
 
+    others: str | None = None
+    """scenes: a folder like ESC-50's; its clips of ``other_labels`` are laid into scenes as sounds of no class."""
+    other_labels: tuple[str, ...] = ()
+    """Classes of ``others``; none: all that are not among ``labels``."""
+
     def __post_init__(self) -> None:
         if self.corpus == "scenes" and not self.labels:
             raise ConfigError("labels must name at least one class")
         if self.speech is not None and "speech" not in self.labels:
             raise ConfigError("labels lacks 'speech', which the speech recordings are for")
+        if both := sorted(set(self.labels) & set(self.other_labels)):
+            raise ConfigError(f"{both[0]!r} is among labels and among other_labels; a sound of no class has no label")
+        if self.other_labels and self.others is None:
+            raise ConfigError("other_labels needs others, the folder that holds them")
         _check("test_fold", self.test_fold, 0, 1_000_000)
         if self.test_fold in self.without_folds:
             raise ConfigError(f"test_fold {self.test_fold} is among without_folds; a fold is scored or kept out")

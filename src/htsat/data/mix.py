@@ -373,7 +373,7 @@ class SceneMixer:
     def _place_others(self, rng: np.random.Generator, canvas: Waveform, level: float, room: Waveform | None) -> None:
         """Add one to three sounds of no class at random times, as loud as events are."""
         for _ in range(int(rng.integers(1, 4))):
-            source = self._others[rng.integers(len(self._others))]
+            source = self._others[int(rng.integers(len(self._others)))]
             piece = self._cut(rng, source)
             if piece is not None:
                 start = int(rng.integers(0, self._length - len(piece.waveform) + 1))

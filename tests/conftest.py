@@ -116,9 +116,7 @@ def command(monkeypatch, capsysbinary, tiny_checkpoint):
     import htsat.cli
     import htsat.model.runtime
 
-    monkeypatch.setattr(
-        htsat.model.runtime, "TorchBackend", lambda network, device, threads: ToneBackend(network.checkpoint)
-    )
+    monkeypatch.setattr(htsat.model.runtime, "TorchBackend", lambda network, **_: ToneBackend(network.checkpoint))
 
     def run(name, *arguments, model=tiny_checkpoint):
         options = ["--model", str(model)] if model is not None else []

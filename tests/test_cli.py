@@ -30,7 +30,7 @@ SOUNDS = {
     "sub/b.flac": (12.5, [("high", 2.5, 5.0), ("low", 10.0, 12.5)]),
     "sub/deep/a.wav": (4.0, []),
 }
-COMMANDS = ["tag", "detect", "calibrate", "convert", "models", "info", "train", "evaluate", "score", "data"]
+COMMANDS = ["tag", "detect", "calibrate", "convert", "export", "models", "info", "train", "evaluate", "score", "data"]
 
 
 @pytest.fixture(scope="module")

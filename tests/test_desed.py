@@ -259,7 +259,7 @@ def tones(monkeypatch):
     """Two tones that a model hears as chopping, of which only the published map makes frying, and as barking."""
     monkeypatch.setattr(conftest, "TONES", {"Chopping (food)": 1000.0, "Bark": 3000.0})
     for place in (htsat.evaluation.listen, htsat.model.runtime):
-        monkeypatch.setattr(place, "TorchBackend", lambda network, device, threads: ToneBackend(network.checkpoint))
+        monkeypatch.setattr(place, "TorchBackend", lambda network, **_: ToneBackend(network.checkpoint))
 
 
 @pytest.fixture

@@ -17,9 +17,7 @@ from htsat.errors import HtsatError, UsageError
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command with models that hear the tones; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(
-        htsat.evaluation.listen, "TorchBackend", lambda network, device, threads: ToneBackend(network.checkpoint)
-    )
+    monkeypatch.setattr(htsat.evaluation.listen, "TorchBackend", lambda network, **_: ToneBackend(network.checkpoint))
     app = typer.Typer()
     app.command()(evaluate)
 

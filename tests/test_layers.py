@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "htsat"
 #: it is given, with the mel filters of ``audio``, and knows no network.
 ORDER = (
     "errors", "files", "fetch", "config", "labels", "events", "grid", "formats", "audio", "plot", "model", "detection",
-    "metrics", "predict", "data", "evaluation", "training", "apps", "commands", "cli",
+    "metrics", "backends", "predict", "data", "evaluation", "training", "apps", "commands", "cli",
 )  # fmt: skip
 #: the lazy front door, and the command's other name
 DOORS = ("__init__", "__main__")
@@ -62,7 +62,9 @@ def upward(tree: ast.AST, home: str) -> list[str]:
 
 
 def heavy(tree: ast.AST) -> list[str]:
-    packages = ("torch", "safetensors", "matplotlib", "transformers", "huggingface_hub")
+    packages = (
+        "torch", "onnxruntime", "openvino", "onnx", "safetensors", "matplotlib", "transformers", "huggingface_hub",
+    )  # fmt: skip
     found = imports(tree, at_import_time=True)
     return [f"line {line}: {module}" for line, module in found if module.split(".")[0] in packages]
 

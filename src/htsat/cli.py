@@ -71,6 +71,23 @@ class Decision(StrEnum):
     clip = "clip"
 
 
+class BackendChoice(StrEnum):
+    """What runs the network."""
+
+    auto = "auto"
+    torch = "torch"
+    compiled = "compiled"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
+class PrecisionChoice(StrEnum):
+    """Of the network."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Pooling(StrEnum):
     """How clip posteriors of several chunks become one."""
 
@@ -84,11 +101,26 @@ Inputs = Annotated[
     typer.Argument(metavar="FILE|FOLDER...", help="Recordings, folders of recordings, patterns, or - for stdin."),
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A name (see htsat models), a checkpoint, or hf://owner/repo.")
+    str,
+    typer.Option(
+        "--model", "-m", help="A name (see htsat models), a checkpoint, an exported model, or hf://owner/repo."
+    ),
+]
+BackendOption = Annotated[
+    BackendChoice | None,
+    typer.Option(
+        "--backend",
+        help="What runs the network; auto tells which it takes.",
+        show_default="the fastest that is installed and can",
+    ),
+]
+PrecisionOption = Annotated[
+    PrecisionChoice,
+    typer.Option("--precision", help="Of the network; bfloat16 is for torch, compiled and openvino."),
 ]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="PyTorch's choice")
+    int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="one for each core")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="10-second chunks per pass of the network.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloaded models are kept; also HTSAT_CACHE.")]
@@ -127,6 +159,8 @@ def tag(
         typer.Option(help="Recordings over 10 s: pool their chunks by this rule.", show_default="the model's"),
     ] = None,
     short: ShortOption = None,
+    backend: BackendOption = None,
+    precision: PrecisionOption = PrecisionChoice.float32,
     device: Device = "auto",
     threads: Threads = None,
     batch_size: BatchSize = 4,
@@ -145,7 +179,9 @@ def tag(
     run = _Run(inputs)
     if out is not None:
         run.check_target(out)
-    predictor = _predictor(model, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling, 1)
+    predictor = _predictor(
+        model, backend, precision, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling, 1
+    )
     results = []
     with run:
         try:
@@ -219,6 +255,8 @@ def detect(
         ),
     ] = None,
     short: ShortOption = None,
+    backend: BackendOption = None,
+    precision: PrecisionOption = PrecisionChoice.float32,
     device: Device = "auto",
     threads: Threads = None,
     batch_size: BatchSize = 4,
@@ -250,7 +288,19 @@ def detect(
     elif plot is not None:
         run.check_folder(plot)
     predictor = _predictor(
-        model, device, threads, batch_size, cache_dir, endpoint, offline, short, None, shifts, classes
+        model,
+        backend,
+        precision,
+        device,
+        threads,
+        batch_size,
+        cache_dir,
+        endpoint,
+        offline,
+        short,
+        None,
+        shifts,
+        classes,
     )
     if operating_point is not None:
         point = predictor.config.decoding_at(operating_point)
@@ -323,6 +373,32 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, a checkpoint, or hf://owner/repo.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .onnx.")],
+    cache_dir: CacheDir = None,
+    endpoint: Endpoint = None,
+    offline: Offline = False,
+) -> None:
+    """Write a model as one ONNX file, front end inside: it runs without PyTorch, here and elsewhere."""
+    from htsat.model.export import export_onnx
+    from htsat.model.runtime import load_model
+
+    if target.suffix != ".onnx":
+        raise UsageError(f"{target}: expected a file ending in .onnx")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent}: no such folder; make it first")
+    tell("tracing the network; this takes about a minute")
+    network = load_model(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline or None)
+    report = export_onnx(network, network.checkpoint, target)
+    tell(
+        f"{report.size / 1e6:.1f} MB; posteriors differ by at most {report.posterior_difference:.1e} from the "
+        f"model's; try it: htsat detect --model {target} RECORDING"
+    )
+    print(target)
+
+
+@app.command()
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache_dir: CacheDir = None,
@@ -352,24 +428,32 @@ def info(
     offline: Offline = False,
 ) -> None:
     """Say what a checkpoint is: architecture, front end, labels, settings and where it comes from."""
+    from htsat.backends import usable
     from htsat.config import USED_BY, to_dict
-    from htsat.model.checkpoint import count_parameters, read_config
+    from htsat.model.checkpoint import count_parameters
+    from htsat.model.exported import read_model_config
     from htsat.model.hub import resolve
 
     path = resolve(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline or None)
-    config = read_config(path)
+    config = read_model_config(path)
+    backends = usable(model, path)
     parameters = count_parameters(config)
     if as_json:
-        print(json.dumps({"file": str(path), "parameters": parameters, **to_dict(config)}, indent=1))
+        print(
+            json.dumps({"file": str(path), "parameters": parameters, "backends": backends, **to_dict(config)}, indent=1)
+        )
         return
     print(f"file         {path} ({path.stat().st_size / 1e6:.1f} MB)")
     print(f"parameters   {parameters:,}")
+    print(f"runs on      {', '.join(backends) or 'nothing that is installed here'}")
     print(f"time step    {config.token_seconds:g} s, {config.num_tokens} in {config.model.chunk_seconds:g} s")
     print(f"labels       {', '.join(config.labels) or 'none: an encoder that gives embeddings'}")
     sections = to_dict(config)
     shown = ("frontend", "model", "objective", "framewise", "calibration", "decoding", "operating_points", "inference")
     for section in (*shown, "provenance"):
         values = sections[section]
+        if section == "provenance":  # whole reports of trainings and calibrations may lie there
+            values = {key: _brief(value) for key, value in values.items()}
         if section == "model":  # what other architectures have means nothing here
             own = config.model.architecture
             values = {key: value for key, value in values.items() if own in USED_BY.get(key, (own,))}
@@ -381,6 +465,12 @@ def info(
             print(f"{section:<12} {values}")
 
 
+def _brief(value: Any, longest: int = 200) -> Any:
+    """Return a value, or its beginning if its text is too long to be read on a terminal."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return value if len(text) <= longest else f"{text[:longest]} ... (all of it: --json)"
+
+
 app.command()(train)
 app.command()(evaluate)
 app.command()(score)
@@ -390,6 +480,8 @@ app.command(cls=DataCommand)(data)
 
 def _predictor(
     model: str,
+    backend: BackendChoice | None,
+    precision: PrecisionChoice,
     device: str,
     threads: int | None,
     batch_size: int,
@@ -405,8 +497,12 @@ def _predictor(
 
     from htsat.predict import Predictor
 
+    if short == Short.native and backend is None:
+        backend = BackendChoice.torch  # graphs hear one length only
     predictor = Predictor(
         model,
+        backend="auto" if backend is None else backend.value,
+        precision=precision.value,
         device=device,
         threads=threads,
         batch_size=batch_size,
@@ -415,6 +511,8 @@ def _predictor(
         offline=offline or None,
         classes=None if classes is None else classes.value,
     )
+    if backend == BackendChoice.auto:
+        tell(f"runs on {predictor.backend}")
     if not predictor.labels:
         raise UsageError(f"model {model!r} has no classes, it gives embeddings only; choose another (htsat models)")
     inference = predictor.config.inference
@@ -617,6 +715,8 @@ def _stdin() -> Any:
     return sys.stdin.buffer
 
 
+#: packages that commands import when they need them, and the extra that brings each
+_OPTIONAL = {"torch": "torch", "safetensors": "torch", "huggingface_hub": "torch"}
 #: what Typer raises for wrong usage; which package defines it depends on Typer's version
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -648,6 +748,11 @@ def _dispatch() -> int:
     except HtsatError as error:
         tell(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except ModuleNotFoundError as error:
+        if error.name not in _OPTIONAL:
+            raise
+        tell(f"this needs {error.name}, which is not installed: pip install 'htsat[{_OPTIONAL[error.name]}]'")
+        return 2
     except MemoryError as error:
         tell(f"not enough memory ({error}); close other programs or use a smaller model")
         return 1

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from htsat.backends import Backend
     from htsat.config import CheckpointConfig
     from htsat.data.clips import Clip, Corpus
     from htsat.evaluation.calibrate import DecodingCalibration
     from htsat.evaluation.probabilities import ProbabilityCalibration
     from htsat.events import Event
-    from htsat.predict import Backend, Prediction, Predictor
+    from htsat.predict import Prediction, Predictor
 
 
 class TunedMetric(StrEnum):

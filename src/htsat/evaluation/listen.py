@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from htsat.audio.chunk import Chunk, pool_chunks
 from htsat.audio.resample import prefetch
+from htsat.backends import Backend
 from htsat.config import CheckpointConfig
 from htsat.data.clips import Clip, clip_name
 from htsat.detection.decoder import decode_events
@@ -35,7 +36,7 @@ from htsat.events import Event
 from htsat.labels import counted_classes, desed_decoding, heard_labels, label_set
 from htsat.model.base import FITS, IN_TIME, Fit, SoundModel
 from htsat.model.runtime import TorchBackend
-from htsat.predict import Backend, Framewise, frame_boundaries, heard_chunks, run_backend, to_posteriors
+from htsat.predict import Framewise, frame_boundaries, heard_chunks, run_backend, to_posteriors
 
 Array = NDArray[np.float32]
 Ensemble = Literal["mean", "logits"]

@@ -244,7 +244,7 @@ class SoundModel(nn.Module, ABC):
             log_mel = self.fill(log_mel, fit)
         maps: list[Tensor] | None = [] if attention else None
         # Pooled over the whole chunk also when the clip is shorter: this is what the head was trained on.
-        found = self.analyse(self.normalise(log_mel), maps)
+        found = self.analyse(self.normalise(log_mel.to(self.mel_norm.weight.dtype)), maps)
         return ModelOutput(found.clipwise, found.framewise, self.embed(found.tokens), tuple(maps or ()))
 
 

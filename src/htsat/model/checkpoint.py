@@ -307,8 +307,17 @@ def _config(path: Path, header: Header) -> CheckpointConfig:
             f"{path}: is a safetensors file of another program (no {METADATA_KEY!r} metadata); if it holds HTS-AT "
             f"weights, convert it once with `htsat convert {path.name} {path.stem}-htsat.safetensors`"
         )
+    return config_of_text(path, header.metadata[METADATA_KEY])
+
+
+def config_of_text(path: Path, text: str) -> CheckpointConfig:
+    """Return the configuration that the metadata of a file hold.
+
+    Raises:
+        CheckpointError: they are damaged or of a newer version.
+    """
     try:
-        values = json.loads(header.metadata[METADATA_KEY])
+        values = json.loads(text)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from htsat.errors import CheckpointError, DownloadError, OutputError, UsageError, nearest
 from htsat.model.checkpoint import read_config, save_checkpoint, sniff
+from htsat.model.exported import SUFFIX, read_model_config
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 #: files looked for in a repository of which only the name is given, and in a folder
@@ -139,8 +140,8 @@ def resolve(
 
     Args:
         name_or_path: a key of ``MODELS``; ``hf://owner/repo``, with ``/file`` and ``@revision`` if wanted
-            (``hf://datasets/owner/repo/file`` for a dataset repository); or a file, or a folder with a
-            ``model.safetensors`` of ours in it.
+            (``hf://datasets/owner/repo/file`` for a dataset repository); or a checkpoint, an exported file, or a
+            folder with a ``model.safetensors`` of ours in it.
         cache_dir: where models are kept. Default: ``HTSAT_CACHE``, else the user's cache folder.
         endpoint: address of the Hub. Default: ``HTSAT_ENDPOINT``, ``HF_ENDPOINT``, else huggingface.co.
         offline: never ask the network. Default: ``HTSAT_OFFLINE`` or ``HF_HUB_OFFLINE``.
@@ -243,6 +244,15 @@ def _bundled_path(model: NamedModel) -> Path:
     return Path(__file__).parents[1] / "assets" / str(model.bundled)
 
 
+def bundled_export(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Return the exported file of a bundled model, which runs without torch; None for every other model."""
+    model = MODELS.get(os.fspath(name_or_path))
+    if model is None or model.bundled is None:
+        return None
+    path = _bundled_path(model).with_suffix(SUFFIX)
+    return path if path.is_file() else None
+
+
 def _bundled(model: NamedModel) -> Path:
     path = _bundled_path(model)
     if not path.is_file():
@@ -261,7 +271,7 @@ def _local(path: Path, text: str) -> Path:
             f"unknown model {text!r}{nearest(text, MODELS)}; `htsat models` lists the names, "
             "or give the path of a checkpoint or hf://owner/repo"
         )
-    read_config(path)  # names what is wrong, and for published weights how to convert them
+    read_model_config(path)  # names what is wrong, and for published weights how to convert them
     return path
 
 

@@ -1,7 +1,8 @@
 """Models ready for use: by name, on a device, with NumPy arrays going in and out."""
 
+import copy
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from htsat.errors import UsageError
 from htsat.model.base import SoundModel
 from htsat.model.checkpoint import load_checkpoint
+from htsat.model.exported import SUFFIX
 from htsat.model.hub import resolve
 
 Array = NDArray[np.float32]
@@ -33,7 +35,10 @@ def load_model(
     Raises:
         CheckpointError, DownloadError: the model cannot be had.
     """
-    network, config = load_checkpoint(resolve(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline))
+    path = resolve(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline)
+    if path.suffix == SUFFIX:
+        raise UsageError(f"{path}: is an exported model, which has no PyTorch network; use htsat.Predictor")
+    network, config = load_checkpoint(path)
     network.labels, network.checkpoint = config.labels, config
     return network
 
@@ -45,21 +50,35 @@ class TorchBackend:
         model: in evaluation mode; moved to the device.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         threads: CPU threads; None leaves PyTorch's setting.
+        precision: of the network; the front end is computed in float32 always.
+        compiled: compile it with ``torch.compile``, which takes up to a minute at the first batch.
 
     Raises:
         UsageError: the device is unknown or absent.
     """
 
-    def __init__(self, model: SoundModel, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: SoundModel,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compiled: bool = False,
+    ) -> None:
         if threads is not None:
             if threads < 1:
                 raise UsageError(f"threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
         self.device = pick_device(device)
         self._model = model.to(self.device).eval()
+        if precision == "bfloat16":
+            self._model = copy.deepcopy(self._model).bfloat16()
+        if compiled:
+            self._model.compile()
 
     def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
-        """Map chunks to clip logits, frame logits and embeddings; see ``predict.Backend``."""
+        """Map chunks to clip logits, frame logits and embeddings; see ``backends.Backend``."""
         with torch.inference_mode():
             output = self._model(torch.from_numpy(chunks).to(self.device), "native")
         none: Any = output.embedding.new_zeros((len(chunks), self._model.num_tokens, 0))

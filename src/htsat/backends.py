@@ -1,0 +1,191 @@
+"""What runs a network: PyTorch, ONNX Runtime or OpenVINO, behind one call.
+
+A checkpoint is run by PyTorch. A model that was exported (``htsat export``) needs no PyTorch: ONNX Runtime comes with
+the package, OpenVINO is faster with large models. The bundled model is here as both.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from htsat.config import CheckpointConfig
+from htsat.errors import UsageError
+from htsat.model.checkpoint import read_config
+from htsat.model.exported import SUFFIX, OnnxBackend, OpenVinoBackend, read_exported
+from htsat.model.hub import bundled_export, resolve
+
+if TYPE_CHECKING:
+    from htsat.model.base import SoundModel
+
+Array = NDArray[np.float32]
+BackendName = Literal["auto", "torch", "compiled", "onnxruntime", "openvino"]
+Precision = Literal["float32", "bfloat16"]
+
+#: packages of each, and how to get them
+_PACKAGES = {"torch": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+_EXTRAS = {"torch": "'htsat[torch]'", "onnxruntime": "onnxruntime", "openvino": "'htsat[openvino]'"}
+#: bytes of an exported file from which on OpenVINO's longer start is worth its speed
+_LARGE = 32_000_000
+
+
+class Backend(Protocol):
+    """Runs the network on chunks."""
+
+    def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
+        """Map (batch, heard_samples), or a native size of it, to clip logits, frame logits and embeddings.
+
+        Shapes: (batch, num_classes), (batch, num_tokens, num_classes) and (batch, width).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """A model that is ready to run.
+
+    Attributes:
+        backend: runs it.
+        name: of the backend, never ``auto``.
+        config: of the model.
+        path: the checkpoint or exported file.
+        network: the PyTorch model, if that runs it.
+    """
+
+    backend: Backend
+    name: str
+    config: CheckpointConfig
+    path: Path
+    network: "SoundModel | None" = None
+
+
+def installed(backend: str) -> bool:
+    """Return whether the package that a backend needs is here; nothing is imported."""
+    package = _PACKAGES[backend]
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def usable(model: str | os.PathLike[str], path: Path) -> list[str]:
+    """Return the backends that are installed and run a model in float32, the one that ``auto`` takes first.
+
+    Args:
+        model: as it was asked for.
+        path: the file that was found for it.
+    """
+    checkpoint, export = _forms(model, path)
+    fitting = [*(("torch", "compiled") if checkpoint else ()), *(("onnxruntime", "openvino") if export else ())]
+    found = [name for name in fitting if installed(name)]
+    if found:
+        first = _chosen(path, checkpoint, export, "auto", "float32")
+        found = [first, *(name for name in found if name != first)]
+    return found
+
+
+def _forms(model: str | os.PathLike[str], path: Path) -> tuple[Path | None, Path | None]:
+    """Return the checkpoint and the exported file of a model, as far as it has both."""
+    return (None, path) if path.suffix == SUFFIX else (path, bundled_export(model))
+
+
+def open_model(
+    model: str | os.PathLike[str] = "default",
+    *,
+    backend: BackendName = "auto",
+    precision: Precision = "float32",
+    device: str = "auto",
+    threads: int | None = None,
+    native: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    endpoint: str | None = None,
+    offline: bool | None = None,
+) -> Runner:
+    """Return a model with the backend that runs it.
+
+    Args:
+        model: a name, a checkpoint, an exported file, or ``hf://owner/repo``.
+        backend: ``auto``: the fastest one that is installed and can run it.
+        precision: of the network; ``bfloat16`` is for ``torch``, ``compiled`` and ``openvino``.
+        device: of PyTorch; the others run on the CPU.
+        threads: of the CPU; None: one for each core.
+        native: recordings will be heard at their own length, which exported graphs cannot.
+        cache_dir: where downloaded models are kept.
+        endpoint: address of the model hub.
+        offline: never download.
+
+    Raises:
+        CheckpointError, DownloadError: the model cannot be had.
+        UsageError: the backend is unknown, not installed, or cannot run this model so.
+    """
+    if backend != "auto" and backend not in _PACKAGES:
+        raise UsageError(f"unknown backend {backend!r}; expected auto, {', '.join(_PACKAGES)}")
+    if precision not in ("float32", "bfloat16"):
+        raise UsageError(f"unknown precision {precision!r}; expected float32 or bfloat16")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    path = resolve(model, cache_dir=cache_dir, endpoint=endpoint, offline=offline)
+    checkpoint, export = _forms(model, path)
+    if native and checkpoint is not None:
+        export = None
+    name = _chosen(path, checkpoint, export, device, precision) if backend == "auto" else str(backend)
+    if not installed(name):
+        package = _PACKAGES[name]
+        raise UsageError(f"the backend {name} is not installed: pip install {_EXTRAS[package]}")
+    if name in ("torch", "compiled"):
+        if checkpoint is None:
+            raise UsageError(f"{path}: is exported, which torch does not run; use the checkpoint, or --backend auto")
+        from htsat.model.runtime import TorchBackend, load_model
+
+        network = load_model(checkpoint)
+        compiled = TorchBackend(
+            network, device=device, threads=threads, precision=precision, compiled=name == "compiled"
+        )
+        return Runner(compiled, name, network.checkpoint, path, network)
+    if export is None:
+        raise UsageError(
+            f"{path}: is a checkpoint, which {name} does not run; export it first: htsat export {path.name} "
+            f"{path.stem}{SUFFIX}"
+        )
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"the backend {name} runs on the CPU, not on {device!r}; use --backend torch")
+    if name == "onnxruntime":
+        if precision != "float32":
+            raise UsageError("the backend onnxruntime computes in float32; use --backend openvino for bfloat16")
+        config = read_exported(export)
+        return Runner(OnnxBackend(export, config, threads=threads), name, config, path)
+    config = read_exported(export)
+    return Runner(OpenVinoBackend(export, config, threads=threads, precision=precision), name, config, path)
+
+
+def _chosen(path: Path, checkpoint: Path | None, export: Path | None, device: str, precision: str) -> str:
+    """Return the fastest backend that is installed and can run the model on the device."""
+    fits = export is not None and device in ("auto", "cpu")
+    if fits and device == "auto" and checkpoint is not None and installed("torch") and _has_gpu():
+        return "torch"
+    if fits and export is not None:
+        large = export.stat().st_size >= _LARGE
+        order = ["openvino", "onnxruntime"] if large or precision != "float32" else ["onnxruntime", "openvino"]
+        if precision != "float32":
+            order.remove("onnxruntime")
+        for name in order:
+            if installed(name):
+                return name
+    if checkpoint is None:
+        return "openvino" if precision != "float32" else "onnxruntime"  # which the caller finds missing
+    if not installed("torch"):
+        read_config(path)
+        raise UsageError(
+            f"{path}: running a checkpoint needs PyTorch: pip install 'htsat[torch]'; or export it where that is "
+            f"installed (htsat export {path.name} {path.stem}{SUFFIX}) and use the exported file"
+        )
+    return "torch"
+
+
+def _has_gpu() -> bool:
+    """Return whether there seems to be a GPU that PyTorch can use; cheap, nothing is imported."""
+    if sys.platform == "darwin":
+        return False
+    return Path("/dev/nvidiactl").exists() or (sys.platform == "win32" and shutil.which("nvidia-smi") is not None)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from shared_data import shared
 
@@ -299,3 +300,55 @@ def test_equal_and_overlapping_events_break_no_metric(score):
     _, values, err = score(text, text)
     assert all(values[name]["macro_f1"] == 1 for name in ("intersection", "event_based", "segment_based"))
     assert sum("equal to another" in line for line in err) == 2
+
+
+# --- against another system ----------------------------------------------------------------------
+
+
+def test_a_system_is_as_good_as_itself(score):
+    code, found, _ = score(TRUTH, FOUND, "--against", "DIR/other.tsv", other__tsv=FOUND)
+    assert code == 0
+    for both in found["difference"].values():
+        for one in both.values():
+            assert one == {"value": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_the_difference_is_that_of_the_scores(score):
+    _, one, _ = score()
+    _, perfect, _ = score(TRUTH, TRUTH)
+    code, found, _ = score(TRUTH, FOUND, "--against", "DIR/other.tsv", other__tsv=TRUTH)
+    assert code == 0
+    for metric, both in found["difference"].items():
+        for kind, difference in both.items():
+            assert difference["value"] == pytest.approx(one[metric][kind] - perfect[metric][kind])
+            assert difference["interval"][0] <= difference["value"] <= difference["interval"][1] <= 0
+
+
+def test_a_small_advantage_in_every_file_is_told(score):
+    """In forty files one system finds one event more: their own intervals overlap, that of the difference is clear."""
+    rng = np.random.default_rng(0)
+    truth, good, better = [], [], []
+    for file in range(40):
+        for number in range(10):
+            row = f"{file}.wav\t{2 * number}\t{2 * number + 1}\tdog\n"
+            truth.append(row)
+            found = number < 1 or rng.random() < file / 40
+            good += [row] * found
+            better += [row] * (found or number == 9)
+    texts = [HEADER + "".join(rows) for rows in (truth, better, good)]
+    code, found, _ = score(texts[0], texts[1], "--against", "DIR/other.tsv", "--bootstrap", 500, other__tsv=texts[2])
+    _, lower, _ = score(texts[0], texts[2], "--bootstrap", 500)
+    assert code == 0
+    assert found["event_based"]["macro_f1_interval"][0] < lower["event_based"]["macro_f1_interval"][1]
+    assert found["difference"]["event_based"]["macro_f1"]["interval"][0] > 0
+    _, table, _ = score(texts[0], texts[1], "--against", "DIR/other.tsv", json_wanted=False, other__tsv=texts[2])
+    assert "higher than" in table and table.count(" higher\n") >= 2
+
+
+def test_the_other_system_may_know_other_files(score):
+    other = HEADER + "c.wav\t0\t1\tdog\n"
+    code, found, err = score(TRUTH, FOUND, "--against", "DIR/other.tsv", other__tsv=other)
+    assert code == 0 and found["difference"]["event_based"]["micro_f1"]["value"] > 0
+    assert any("c.wav" in line for line in err)
+    code, _, err = score(TRUTH, FOUND, "--against", "DIR/none.tsv")
+    assert code == 1 and "none.tsv" in err[0]

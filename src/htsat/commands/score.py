@@ -12,7 +12,7 @@ from htsat.commands.console import tell
 from htsat.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from htsat.evaluation.scores import DetectionReport
+    from htsat.evaluation.scores import DetectionReport, Difference
     from htsat.evaluation.tables import EventTable
     from htsat.metrics.detection import ClassScores, MacroScores
     from htsat.metrics.psds import PSDSResult
@@ -51,6 +51,13 @@ def score(
         Path | None,
         typer.Option(metavar="DIR", help="PSDS1 and PSDS2 of a folder of tables, one per threshold (--durations)."),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Another system's events in the same files: tell how much higher the scores are, with intervals.",
+        ),
+    ] = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples behind the 95 % intervals; 0: no intervals.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
     per_class: Annotated[bool, typer.Option("--per-class", help="Show every class.")] = False,
@@ -62,7 +69,7 @@ def score(
         if wanted is not None and durations is None:
             raise UsageError(f"{name} needs the lengths of the recordings: give --durations FILE")
 
-    from htsat.evaluation.scores import DetectionSettings, score_detection
+    from htsat.evaluation.scores import DetectionSettings, compare_detection, score_detection
     from htsat.evaluation.tables import compare_tables, find_tables, read_durations, read_event_table
     from htsat.files import write_atomic
     from htsat.metrics.psds import PSDS1, PSDS2, psds_from_operating_points
@@ -70,6 +77,7 @@ def score(
     settings = DetectionSettings(dtc, gtc, onset_collar, offset_collar, offset_collar_rate, segment)
     inputs = _Inputs()
     truth, found = inputs.read(read_event_table, reference), inputs.read(read_event_table, estimated)
+    other = inputs.read(read_event_table, against) if against is not None else None
     seconds = inputs.read(read_durations, durations) if durations is not None else None
     folder = (inputs.read(find_tables, operating_points) or []) if operating_points is not None else []
     points = [inputs.read(read_event_table, path) for path in folder]
@@ -80,7 +88,8 @@ def score(
 
     # Files that only the durations name are files without events.
     events = {**{file: [] for file in seconds or ()}, **truth.events}
-    classes = sorted(truth.labels | found.labels) if labels is None else list(dict.fromkeys(labels))
+    occurring = truth.labels | found.labels | (other.labels if other is not None else set())
+    classes = sorted(occurring) if labels is None else list(dict.fromkeys(labels))
     report = score_detection(
         events,
         found.events,
@@ -90,6 +99,20 @@ def score(
         bootstrap=bootstrap,
         seed=seed,
     )
+    differences: dict[str, dict[str, Difference]] = {}
+    if other is not None:
+        for note in (*other.notes, *compare_tables(truth, other, labels=labels, durations=seconds)):
+            tell(f"note: {note}")
+        differences = compare_detection(
+            events,
+            found.events,
+            other.events,
+            classes,
+            durations=seconds if cut else None,
+            settings=settings,
+            resamples=bootstrap or 1000,
+            seed=seed,
+        )
     psds: dict[str, PSDSResult] = {}
     if seconds is not None and points:
         tables = [point.events for point in points if point is not None]
@@ -102,8 +125,16 @@ def score(
     if psds:
         values["psds"] = {name: {"value": one.value, "per_class": one.per_class} for name, one in psds.items()}
         values["psds"]["operating_points"] = len(points)
+    if differences:
+        values["difference"] = {
+            name: {kind: {"value": one.value, "interval": list(one.interval)} for kind, one in both.items()}
+            for name, both in differences.items()
+        }
     text = json.dumps(values, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
-    print(text if as_json else _table(truth, found, report, psds, len(points), per_class), end="", flush=True)
+    table = _table(truth, found, report, psds, len(points), per_class)
+    if against is not None:
+        table += "\n" + _comparison(against, report, differences)
+    print(text if as_json else table, end="", flush=True)
     if out is not None:
         write_atomic(out, text)
 
@@ -181,6 +212,21 @@ def _table(
         body = [[label, *(_number(one.per_class[label]) for one in psds.values())] for label in first.per_class]
         text += "\n" + aligned([head, *body])
     return text
+
+
+def _comparison(against: Path, report: "DetectionReport", differences: "dict[str, dict[str, Difference]]") -> str:
+    """Return how much higher the scores are than those of another system."""
+    from htsat.formats import aligned
+
+    rows = [[f"higher than {against}", "by", "95 % interval", ""]]
+    for name, both in differences.items():
+        for kind, one in both.items():
+            low, high = one.interval
+            verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+            title = f"{report.settings.titles[name]}, {kind.removesuffix('_f1')}"
+            value = "-" if one.value is None else f"{one.value:+.4f}"
+            rows.append([title, value, f"{low:+.4f} to {high:+.4f}", verdict])
+    return aligned(rows)
 
 
 def _rates(scores: "ClassScores | MacroScores") -> list[str]:

@@ -19,9 +19,10 @@ from htsat.errors import DataError, UsageError, nearest
 from htsat.events import Event
 from htsat.metrics import tagging
 from htsat.metrics.bootstrap import Interval as Interval
-from htsat.metrics.bootstrap import bootstrap_intervals, f1_intervals, row_means
+from htsat.metrics.bootstrap import bootstrap_intervals, f1_difference_intervals, f1_intervals, row_means
 from htsat.metrics.detection import (
     DetectionScores,
+    FileCounts,
     count_event_based,
     count_intersection_based,
     count_segment_based,
@@ -404,6 +405,100 @@ def score_tagging(
     )
 
 
+def _counts(
+    reference: Mapping[str, Sequence[Event]],
+    estimated: Mapping[str, Sequence[Event]],
+    labels: Sequence[str],
+    settings: DetectionSettings,
+    durations: Mapping[str, float] | None,
+) -> dict[str, FileCounts]:
+    """Return what each metric counts in each file."""
+    return {
+        "intersection": count_intersection_based(
+            reference, estimated, labels=labels, dtc=settings.dtc, gtc=settings.gtc
+        ),
+        "event_based": count_event_based(
+            reference,
+            estimated,
+            labels=labels,
+            onset_collar=settings.onset_collar,
+            offset_collar=settings.offset_collar,
+            offset_collar_rate=settings.offset_collar_rate,
+        ),
+        "segment_based": count_segment_based(
+            reference, estimated, labels=labels, segment_seconds=settings.segment_seconds, durations=durations
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher an F1 is than another system's on the same files.
+
+    Attributes:
+        value: on all files; None if one of the two is not defined.
+        interval: 95 % of the resamples.
+    """
+
+    value: float | None
+    interval: Interval
+
+
+def compare_detection(
+    reference: Mapping[str, Sequence[Event]],
+    estimated: Mapping[str, Sequence[Event]],
+    other: Mapping[str, Sequence[Event]],
+    labels: Sequence[str],
+    *,
+    durations: Mapping[str, float] | None = None,
+    settings: DetectionSettings = DetectionSettings(),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, Difference]]:
+    """Compare two systems on the same files by all three metrics.
+
+    Args:
+        reference: file name -> true events.
+        estimated: of the system.
+        other: of the one that it is compared with.
+        labels: the classes to score.
+        durations: see ``score_detection``.
+        settings: what the metrics demand.
+        resamples: of the files, at least 1.
+        seed: of the resamples.
+
+    Returns:
+        Metric -> ``macro_f1`` and ``micro_f1`` -> how much higher that of ``estimated`` is.
+
+    Raises:
+        UsageError: settings out of range, or no resamples.
+    """
+    # Both over the same files: one that a system has nothing to say of counts for both.
+    files = {file: list(events) for file, events in reference.items()}
+    files |= {file: [] for file in (*estimated, *other) if file not in files}
+    try:
+        mine, theirs = (
+            _counts(files, {file: said.get(file, []) for file in files}, labels, settings, durations)
+            for said in (estimated, other)
+        )
+        result = {}
+        for name in mine:
+            intervals = f1_difference_intervals(mine[name], theirs[name], resamples, seed)
+            scores = summarise(mine[name]), summarise(theirs[name])
+            result[name] = {
+                kind: Difference(
+                    None
+                    if any(getattr(one, kind) is None for one in scores)
+                    else getattr(scores[0], kind) - getattr(scores[1], kind),
+                    interval,
+                )
+                for kind, interval in intervals.items()
+            }
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return result
+
+
 def score_detection(
     reference: Mapping[str, Sequence[Event]],
     estimated: Mapping[str, Sequence[Event]],
@@ -435,22 +530,7 @@ def score_detection(
     if bootstrap < 0:
         raise UsageError(f"bootstrap must be 0 or more resamples, got {bootstrap}")
     try:
-        counts = {
-            "intersection": count_intersection_based(
-                reference, estimated, labels=labels, dtc=settings.dtc, gtc=settings.gtc
-            ),
-            "event_based": count_event_based(
-                reference,
-                estimated,
-                labels=labels,
-                onset_collar=settings.onset_collar,
-                offset_collar=settings.offset_collar,
-                offset_collar_rate=settings.offset_collar_rate,
-            ),
-            "segment_based": count_segment_based(
-                reference, estimated, labels=labels, segment_seconds=settings.segment_seconds, durations=durations
-            ),
-        }
+        counts = _counts(reference, estimated, labels, settings, durations)
         psds: dict[str, PSDSResult] = {}
         frames, frame_seconds = None, None
         if scores is not None:

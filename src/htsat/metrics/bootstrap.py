@@ -82,16 +82,46 @@ def f1_intervals(counts: FileCounts, resamples: int, seed: int = 0) -> dict[str,
         raise ValueError(f"expected 0 or more resamples, got {resamples}")
     if not resamples or not counts.files:
         return {}
-    by_file = counts.counts.reshape(len(counts.files), -1).astype(np.float64)
+    return bootstrap_intervals(len(counts.files), resamples, seed, lambda weights: _f1(counts, weights))
+
+
+def f1_difference_intervals(
+    counts: FileCounts, other: FileCounts, resamples: int, seed: int = 0
+) -> dict[str, Interval]:
+    """Return the intervals of how much higher ``macro_f1`` and ``micro_f1`` are than those of another system.
+
+    Both are resampled together: what is hard in a file is hard for both, so that the interval of the difference is
+    narrower than the intervals of the two make believe. One that does not hold 0 tells the better system.
+
+    Args:
+        counts: what a metric counted in each file.
+        other: what it counted in the same files, of the other system.
+        resamples: how many, at least 1.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: other files or labels, none of them, or no resamples.
+    """
+    if (counts.files, counts.labels) != (other.files, other.labels):
+        raise ValueError("the counts are not of the same files and labels")
+    if resamples < 1 or not counts.files:
+        raise ValueError(f"expected at least 1 resample of at least 1 file, got {resamples} of {len(counts.files)}")
 
     def figures(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        # Each is one row per resample, one column per class.
-        tp, fp, fn = np.moveaxis((weights @ by_file).reshape(len(weights), len(counts.labels), 3), 2, 0)
-        f1 = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-        hits, errors = tp.sum(axis=1), (fp + fn).sum(axis=1)
-        return {
-            "macro_f1": row_means(np.where(tp + fn > 0, f1, np.nan)),
-            "micro_f1": np.where(hits + errors > 0, 2 * hits / np.maximum(2 * hits + errors, 1), np.nan),
-        }
+        mine, theirs = _f1(counts, weights), _f1(other, weights)
+        return {name: mine[name] - theirs[name] for name in mine}
 
     return bootstrap_intervals(len(counts.files), resamples, seed, figures)
+
+
+def _f1(counts: FileCounts, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Return macro and micro F1 of each resample, whose weights of the files are one row."""
+    by_file = counts.counts.reshape(len(counts.files), -1).astype(np.float64)
+    # Each is one row per resample, one column per class.
+    tp, fp, fn = np.moveaxis((weights @ by_file).reshape(len(weights), len(counts.labels), 3), 2, 0)
+    f1 = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+    hits, errors = tp.sum(axis=1), (fp + fn).sum(axis=1)
+    return {
+        "macro_f1": row_means(np.where(tp + fn > 0, f1, np.nan)),
+        "micro_f1": np.where(hits + errors > 0, 2 * hits / np.maximum(2 * hits + errors, 1), np.nan),
+    }

@@ -32,9 +32,9 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
-from speed import cpu_name, load, positive
 
 import htsat
+from htsat.apps.bench.measure import cpu_name, load_average
 from htsat.audio.decode import AUDIO_SUFFIXES
 from htsat.audio.resample import read_audio
 from htsat.config import FrontendConfig, ModelConfig
@@ -350,6 +350,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    """Return a positive integer of the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -360,7 +368,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    before = load()
+    before = load_average()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -368,7 +376,8 @@ def main() -> int:
         if arguments.containers:
             figures["containers"] = containers(folder, arguments.data, arguments.clips, arguments.rounds)
     figures["train"] = training(max(1, arguments.rounds // 2))
-    figures["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "load_before": before, "load_after": load()}
+    loads = {"load_before": before, "load_after": load_average()}
+    figures["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), **loads}
     for title, key in (
         ("Reading one 10-s clip at 32 kHz, one core", "input"),
         ("Containers of FLAC recordings", "containers"),

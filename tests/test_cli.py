@@ -30,7 +30,8 @@ SOUNDS = {
     "sub/b.flac": (12.5, [("high", 2.5, 5.0), ("low", 10.0, 12.5)]),
     "sub/deep/a.wav": (4.0, []),
 }
-COMMANDS = ["tag", "detect", "calibrate", "convert", "export", "models", "info", "train", "evaluate", "score", "data"]
+COMMANDS = ["tag", "detect", "calibrate", "convert", "export", "models", "info", "train", "evaluate", "score", "data",
+            "bench"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +437,7 @@ def test_too_little_memory_for_one(command, recordings, monkeypatch):
     code, out, err = command("detect", recordings, "-f", "json")
     assert code == 1 and len(json.loads(out)) == 2
     assert err == [
-        f"htsat: {recordings}/sub/b.flac: not enough memory; try a smaller --batch-size, or --device cpu",
+        f"htsat: {recordings}/sub/b.flac: not enough memory; try a smaller --batch-size, fewer --jobs, or --device cpu",
         "htsat: 1 of 3 inputs failed",
     ]
 

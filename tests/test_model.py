@@ -3,11 +3,9 @@
 Agreement with the published implementation is in ``test_golden.py``.
 """
 
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +27,6 @@ from htsat.model.swin import (
     shift_mask,
     window_order,
 )
-
-ROOT = Path(__file__).parents[1]
 
 #: two stages of 16 x 16 and 8 x 8 tokens, 5-s chunks of 40,000 samples, 32 time steps
 SMALL_FRONTEND = FrontendConfig(sample_rate=8000, n_fft=256, hop_length=160, n_mels=16, f_max=4000.0)
@@ -892,17 +888,3 @@ def test_the_network_needs_torch_and_numpy_only() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
-
-
-def test_the_plain_port_of_the_benchmark_is_the_same_network() -> None:
-    port_of = runpy.run_path(str(ROOT / "benchmarks" / "plain_port.py"))["plain_port_of"]
-    model = build()
-    port = port_of(model)
-    waveform = noise(2)
-    ours = values(infer(model, waveform))
-    with torch.no_grad():
-        plain = port(waveform)
-    assert plain["framewise"].shape == (2, 256, 5)
-    torch.testing.assert_close(plain["clipwise"], ours["clipwise_logits"].sigmoid(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(plain["framewise"][:, ::8], ours["framewise_logits"].sigmoid(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(plain["latent"], ours["embedding"], rtol=0, atol=1e-5)

@@ -439,3 +439,84 @@ def test_names_are_kept_as_given(tone_predictor, tmp_path, name):
         assert prediction.file == str(path)
         prediction.save(tmp_path / "x.json")
         assert read_events(tmp_path / "x.json")[0].file == str(path)
+
+
+# ------------------------------------------------------------------ many recordings at once
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(16000 + 3000 * i), 16000)
+    (folder / "4.wav").write_bytes(b"no recording")
+    return [folder / f"{i}.wav" for i in range(9)]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
+def test_many_at_once_are_what_each_is_alone(clips, backend):
+    at_once = htsat.Predictor("default", backend=backend, threads=3, jobs=3)
+    told = []
+    found = list(at_once.predict_many(clips, on_progress=lambda *state: told.append(state)))
+    alone = htsat.Predictor("default", backend=backend, threads=1)
+    assert [type(one).__name__ for one in found] == [*["Prediction"] * 4, "AudioError", *["Prediction"] * 4]
+    for path, one in zip(clips, found, strict=True):
+        if path.stem != "4":
+            wanted = alone.predict(path)
+            assert one.file == str(path) and one.events == wanted.events
+            assert one.framewise_posteriors.tobytes() == wanted.framewise_posteriors.tobytes()
+    assert {number for number, _, _ in told} == set(range(9)) - {4}
+
+
+def test_many_are_read_a_few_ahead_and_stopped(clips):
+    predictor = htsat.Predictor("default", threads=2, jobs=2)
+    taken = []
+
+    def sources():
+        for path in clips * 10:
+            taken.append(path)
+            yield path
+
+    results = predictor.predict_many(sources())
+    next(results)
+    assert len(taken) <= 6
+    results.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("htsat-p")]
+
+
+def test_a_stop_does_not_wait_for_the_end(tmp_path):
+    """Closing it while an hour is being heard ends at the next batch."""
+    soundfile.write(tmp_path / "hour.wav", np.zeros(3600 * 4000, np.int16), 4000)
+    soundfile.write(tmp_path / "short.wav", np.zeros(4000, np.int16), 4000)
+    reached = []
+    predictor = htsat.Predictor("default", threads=2, jobs=2, batch_size=1)
+    results = predictor.predict_many(
+        [tmp_path / "short.wav", tmp_path / "hour.wav"], on_progress=lambda _, done, __: reached.append(done)
+    )
+    next(results)
+    results.close()
+    assert max(reached) < 1800
+
+
+def test_threads_are_shared_by_the_jobs(monkeypatch):
+    given = []
+
+    def backend(path, config, *, threads):
+        given.append(threads)
+        return htsat.model.exported.OnnxBackend(path, config, threads=1)
+
+    monkeypatch.setattr("htsat.backends.OnnxBackend", backend)
+    monkeypatch.setattr("htsat.backends.cores", lambda: 16)
+    for settings in (
+        {}, {"threads": 4}, {"jobs": "auto"}, {"jobs": "auto", "recordings": 2}, {"jobs": 5}, {"jobs": 3, "threads": 2},
+        {"jobs": "auto", "recordings": 1},
+    ):  # fmt: skip
+        htsat.Predictor("default", backend="onnxruntime", **settings)
+    assert given == [16, 4, 1, 8, 3, 1, 16]
+    with pytest.raises(UsageError, match="jobs must be at least 1, got 0"):
+        htsat.Predictor("default", jobs=0)
+
+
+def test_pytorch_takes_one_job_by_itself(tiny_checkpoint):
+    assert htsat.Predictor(tiny_checkpoint, jobs="auto")._jobs == 1

@@ -54,6 +54,7 @@ class Runner:
         name: of the backend, never ``auto``.
         config: of the model.
         path: the checkpoint or exported file.
+        jobs: calls at once that its threads are for.
         network: the PyTorch model, if that runs it.
     """
 
@@ -61,7 +62,19 @@ class Runner:
     name: str
     config: CheckpointConfig
     path: Path
+    jobs: int = 1
     network: "SoundModel | None" = None
+
+
+def cores() -> int:
+    """Return how many threads this process may keep busy: its share of the processors, in a container too."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such limit, or another system
+        pass
+    return count
 
 
 def installed(backend: str) -> bool:
@@ -98,6 +111,8 @@ def open_model(
     precision: Precision = "float32",
     device: str = "auto",
     threads: int | None = None,
+    jobs: int | Literal["auto"] = 1,
+    recordings: int | None = None,
     native: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
@@ -111,6 +126,9 @@ def open_model(
         precision: of the network; ``bfloat16`` is for ``torch``, ``compiled`` and ``openvino``.
         device: of PyTorch; the others run on the CPU.
         threads: of the CPU; None: one for each core.
+        jobs: calls at once that share the threads; ``auto``: one for each of them, but with PyTorch, whose threads are
+            those of the whole process.
+        recordings: the most jobs that there will be; None: many.
         native: recordings will be heard at their own length, which exported graphs cannot.
         cache_dir: where downloaded models are kept.
         endpoint: address of the model hub.
@@ -131,6 +149,12 @@ def open_model(
     if native and checkpoint is not None:
         export = None
     name = _chosen(path, checkpoint, export, device, precision) if backend == "auto" else str(backend)
+    if jobs != "auto":
+        at_once = jobs
+    else:
+        at_once = 1 if name in ("torch", "compiled") else min(recordings or cores(), threads or cores())
+    if at_once > 1 or (threads is None and device in ("auto", "cpu")):
+        threads = max(1, (threads or cores()) // at_once)
     if not installed(name):
         package = _PACKAGES[name]
         raise UsageError(f"the backend {name} is not installed: pip install {_EXTRAS[package]}")
@@ -143,7 +167,7 @@ def open_model(
         compiled = TorchBackend(
             network, device=device, threads=threads, precision=precision, compiled=name == "compiled"
         )
-        return Runner(compiled, name, network.checkpoint, path, network)
+        return Runner(compiled, name, network.checkpoint, path, at_once, network)
     if export is None:
         raise UsageError(
             f"{path}: is a checkpoint, which {name} does not run; export it first: htsat export {path.name} "
@@ -155,9 +179,10 @@ def open_model(
         if precision != "float32":
             raise UsageError("the backend onnxruntime computes in float32; use --backend openvino for bfloat16")
         config = read_exported(export)
-        return Runner(OnnxBackend(export, config, threads=threads), name, config, path)
+        return Runner(OnnxBackend(export, config, threads=threads), name, config, path, at_once)
     config = read_exported(export)
-    return Runner(OpenVinoBackend(export, config, threads=threads, precision=precision), name, config, path)
+    backend_of_all = OpenVinoBackend(export, config, threads=threads, jobs=at_once, precision=precision)
+    return Runner(backend_of_all, name, config, path, at_once)
 
 
 def _chosen(path: Path, checkpoint: Path | None, export: Path | None, device: str, precision: str) -> str:

@@ -5,11 +5,13 @@ failed (each is named), 2 wrong usage, 130 interrupted. Every expected failure i
 heavy is imported until a command needs it.
 """
 
+import contextlib
 import functools
 import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from htsat import __version__
+from htsat.commands.bench import bench
 from htsat.commands.calibrate import calibrate
 from htsat.commands.console import Progress, tell
 from htsat.commands.data import DataCommand, data
@@ -122,6 +125,16 @@ Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cu
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of the network.", show_default="one for each core")
 ]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        "-j",
+        min=1,
+        help="Recordings at once; they share the threads.",
+        show_default="one for each core; 1 with PyTorch",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="10-second chunks per pass of the network.")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where downloaded models are kept; also HTSAT_CACHE.")]
 Endpoint = Annotated[str | None, typer.Option(help="Address of the model hub; also HTSAT_ENDPOINT.")]
@@ -163,6 +176,7 @@ def tag(
     precision: PrecisionOption = PrecisionChoice.float32,
     device: Device = "auto",
     threads: Threads = None,
+    jobs: Jobs = None,
     batch_size: BatchSize = 4,
     cache_dir: CacheDir = None,
     endpoint: Endpoint = None,
@@ -180,7 +194,20 @@ def tag(
     if out is not None:
         run.check_target(out)
     predictor = _predictor(
-        model, backend, precision, device, threads, batch_size, cache_dir, endpoint, offline, short, pooling, 1
+        model,
+        backend,
+        precision,
+        device,
+        threads,
+        jobs,
+        run.count,
+        batch_size,
+        cache_dir,
+        endpoint,
+        offline,
+        short,
+        pooling,
+        1,
     )
     results = []
     with run:
@@ -259,6 +286,7 @@ def detect(
     precision: PrecisionOption = PrecisionChoice.float32,
     device: Device = "auto",
     threads: Threads = None,
+    jobs: Jobs = None,
     batch_size: BatchSize = 4,
     cache_dir: CacheDir = None,
     endpoint: Endpoint = None,
@@ -293,6 +321,8 @@ def detect(
         precision,
         device,
         threads,
+        jobs,
+        run.count,
         batch_size,
         cache_dir,
         endpoint,
@@ -475,6 +505,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(score)
 app.command()(calibrate)
+app.command()(bench)
 app.command(cls=DataCommand)(data)
 
 
@@ -484,6 +515,8 @@ def _predictor(
     precision: PrecisionChoice,
     device: str,
     threads: int | None,
+    jobs: int | None,
+    recordings: int,
     batch_size: int,
     cache_dir: Path | None,
     endpoint: str | None,
@@ -505,6 +538,8 @@ def _predictor(
         precision=precision.value,
         device=device,
         threads=threads,
+        jobs=jobs or "auto",
+        recordings=recordings,
         batch_size=batch_size,
         cache_dir=cache_dir,
         endpoint=endpoint,
@@ -594,6 +629,12 @@ class _Run:
                 self._items.append(_Input(_free(str(below.with_suffix("")), below.suffix, taken), found))
         self._failed = 0
         self._progress = Progress()
+        self._lock, self._done = threading.Lock(), dict[int, float]()
+
+    @property
+    def count(self) -> int:
+        """How many recordings are to be read."""
+        return len(self._items)
 
     @property
     def several(self) -> bool:
@@ -633,29 +674,40 @@ class _Run:
         self, predictor: "Predictor", *, spectrogram: bool, allow_truncated: bool
     ) -> "Iterator[tuple[str, Prediction]]":
         """Yield (name of the output, prediction) of every recording that can be read, telling of the others."""
-        for number, item in enumerate(self._items):
-            shown = "stdin" if item.source is None else str(item.source)
-            try:
-                if isinstance(item.source, AudioError):
-                    raise item.source
-                prediction = predictor.predict(
-                    _stdin() if item.source is None else item.source,
-                    name="stdin" if item.source is None else None,
-                    spectrogram=spectrogram,
-                    allow_truncated=allow_truncated,
-                    on_progress=functools.partial(self._on_progress, number, shown),
-                )
-            except AudioError as error:
-                self.fail(str(error))
-            except MemoryError:
-                self.fail(f"{shown}: not enough memory; try a smaller --batch-size, or --device cpu")
-            else:
-                yield item.stem, prediction
+        sources: list[Any] = [item.source for item in self._items]
+        for i, source in enumerate(sources):
+            if source is None:
+                try:
+                    sources[i] = _stdin()
+                except AudioError as error:
+                    sources[i] = error
+        readable = [i for i, source in enumerate(sources) if not isinstance(source, AudioError)]
+        names = ["stdin" if self._items[i].source is None else str(self._items[i].source) for i in readable]
+        results = predictor.predict_many(
+            [sources[i] for i in readable],
+            names=[name if name == "stdin" else None for name in names],
+            spectrogram=spectrogram,
+            allow_truncated=allow_truncated,
+            on_progress=functools.partial(self._on_progress, names),
+        )
+        with contextlib.closing(results):
+            for item, source in zip(self._items, sources, strict=True):
+                result = source if isinstance(source, AudioError) else next(results)
+                if isinstance(result, AudioError):
+                    self.fail(str(result))
+                elif isinstance(result, MemoryError):
+                    advice = "try a smaller --batch-size, fewer --jobs, or --device cpu"
+                    self.fail(f"{item.source or 'stdin'}: not enough memory; {advice}")
+                else:
+                    yield item.stem, result
 
-    def _on_progress(self, number: int, shown: str, done: float, duration: float | None) -> None:
-        share = min(1.0, done / duration) if duration else 0.0
-        count = f"[{number + 1}/{len(self._items)}] " if self.several else ""
-        self._progress.update(f"{count}{done:.0f} s  {Path(shown).name}", (number + share) / len(self._items))
+    def _on_progress(self, names: Sequence[str], number: int, done: float, duration: float | None) -> None:
+        """Tell how far the recordings are; several threads may."""
+        with self._lock:
+            self._done[number] = min(1.0, done / duration) if duration else 0.0
+            count = f"[{number + 1}/{len(names)}] " if self.several else ""
+            line = f"{count}{done:.0f} s  {Path(names[number]).name}"
+            self._progress.update(line, sum(self._done.values()) / len(names))
 
     def write(self, path: Path, writer: Callable[[Path], None]) -> None:
         """Write one result file, making its folder; a failure counts and the run goes on."""

@@ -8,8 +8,12 @@ network works; memory is bounded but for the framewise posteriors themselves.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -144,6 +148,9 @@ class Predictor:
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         batch_size: chunks per pass of the network.
         threads: CPU threads of the network; None: one for each core.
+        jobs: recordings that ``predict_many`` listens to at once; they share the threads. ``auto``: one for each of
+            them; 1 with PyTorch, which is no faster so.
+        recordings: how many there are at most, for ``auto``; None: many.
         decoding: how posteriors become events; None: as the checkpoint says.
         operating_point: the same by name, from those that the checkpoint has (``high_precision`` ...).
         inference: how recordings are cut and pooled; None: as the checkpoint says.
@@ -173,6 +180,8 @@ class Predictor:
         device: str = "auto",
         batch_size: int = 4,
         threads: int | None = None,
+        jobs: int | Literal["auto"] = 1,
+        recordings: int | None = None,
         decoding: DecodingConfig | None = None,
         operating_point: str | None = None,
         inference: InferenceConfig | None = None,
@@ -183,6 +192,8 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        if jobs != "auto" and jobs < 1:
+            raise UsageError(f"jobs must be at least 1, got {jobs}")
         if decoding is not None and operating_point is not None:
             raise UsageError("decoding and operating_point exclude each other; give one")
         self._runner = open_model(
@@ -191,6 +202,8 @@ class Predictor:
             precision=precision,
             device=device,
             threads=threads,
+            jobs=jobs,
+            recordings=recordings,
             native=inference is not None and inference.short == "native",
             cache_dir=cache_dir,
             endpoint=endpoint,
@@ -207,7 +220,7 @@ class Predictor:
         )
         self.backend = self._runner.name
         self.labels = list(heard_labels(self.config))
-        self._batch_size = batch_size
+        self._batch_size, self._jobs = batch_size, self._runner.jobs
         self._backend: Backend = self._runner.backend
 
     @functools.cached_property
@@ -306,6 +319,66 @@ class Predictor:
             embedding=(weights / weights.sum() @ np.concatenate(embeddings)).astype(np.float32),
             overview=drawn,
         )
+
+    def predict_many(
+        self,
+        sources: Iterable[AudioSource],
+        *,
+        names: Iterable[str | None] | None = None,
+        spectrogram: bool = True,
+        allow_truncated: bool = False,
+        on_progress: Callable[[int, float, float | None], None] | None = None,
+    ) -> Generator[Prediction | AudioError | MemoryError, None, None]:
+        """Listen to many recordings, ``jobs`` at once, and yield what is found in their order.
+
+        A recording that cannot be read loses none of the others: its error is yielded in its place. A few results are
+        made ahead, no more. Closing the iterator stops the work.
+
+        Args:
+            sources: as for ``predict``.
+            names: what results and messages call them; None: their paths.
+            spectrogram: see ``predict``.
+            allow_truncated: see ``predict``.
+            on_progress: told the number of the recording, the seconds done and the duration, if it is known; called
+                by several threads.
+        """
+        stopped = threading.Event()
+
+        def listen(number: int, source: AudioSource, name: str | None) -> Prediction | AudioError | MemoryError:
+            def progress(done: float, duration: float | None) -> None:
+                if stopped.is_set():
+                    raise _StoppedError
+                if on_progress is not None:
+                    on_progress(number, done, duration)
+
+            try:
+                return self.predict(
+                    source, name=name, spectrogram=spectrogram, allow_truncated=allow_truncated, on_progress=progress
+                )
+            except (AudioError, MemoryError) as error:
+                return error
+
+        named = zip(itertools.count(), sources, itertools.repeat(None) if names is None else names, strict=False)
+        if self._jobs == 1:
+            yield from itertools.starmap(listen, named)
+            return
+        with ThreadPoolExecutor(self._jobs, thread_name_prefix="htsat-predict") as pool:
+            waiting: deque[Future[Prediction | AudioError | MemoryError]] = deque()
+            try:
+                for number, source, name in named:
+                    waiting.append(pool.submit(listen, number, source, name))
+                    if len(waiting) > 2 * self._jobs:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                stopped.set()
+                for future in waiting:
+                    future.cancel()
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the result any more."""
 
 
 def heard_chunks(blocks: Iterable[Array], config: CheckpointConfig) -> Iterator[Chunk]:

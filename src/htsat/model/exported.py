@@ -6,6 +6,7 @@ and without the weights: an ONNX file is a message of Protocol Buffers, a list o
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,8 @@ class OpenVinoBackend:
     Args:
         path: the exported file.
         config: what it says of itself.
-        threads: of the CPU; None: one for each core.
+        threads: of the CPU, for each job; None: one for each core.
+        jobs: threads of Python that call it at once.
         precision: ``bfloat16`` computes the network so, which processors with instructions for it (AMX, AVX512-BF16)
             do up to four times as fast; the front end, where a quiet sound would drown in the rounding of a loud one,
             stays in float32.
@@ -243,6 +245,7 @@ class OpenVinoBackend:
         config: CheckpointConfig,
         *,
         threads: int | None = None,
+        jobs: int = 1,
         precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         try:
@@ -252,7 +255,8 @@ class OpenVinoBackend:
         core = openvino.Core()
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
+            settings |= {"INFERENCE_NUM_THREADS": threads * jobs, "NUM_STREAMS": jobs}
+        self._local = threading.local()  # a request is for one thread at a time
         if precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UsageError("this processor has no instructions for bfloat16; use --precision float32")
         try:
@@ -262,6 +266,7 @@ class OpenVinoBackend:
                 for values in (model.inputs, model.outputs)
             )
             _check_ends(path, config, *sizes)
+            model.reshape([1, config.heard_samples])  # fixed shapes are planned better
             if precision == "float32":
                 self._front = None
                 self._network = core.compile_model(model, "CPU", settings)
@@ -277,17 +282,30 @@ class OpenVinoBackend:
         """Map chunks to clip logits, frame logits and embeddings; see ``backends.Backend``."""
         check_chunks(chunks, self._config)
         results = []
-        for i in range(len(chunks)):
-            given = [chunks[i : i + 1]]
-            if self._front is not None:
-                given = [self._front(given)[0], *given]
-            found = self._network(given)
-            results.append([np.array(found[output]) for output in self._network.outputs])
+        front, network = self._requests()
+        for chunk in chunks:
+            # Written into tensors of the request: those that share memory with arrays are freed by threads of the
+            # runtime, which may wait for Python's lock and hold one of their own that others wait for.
+            if front is not None:
+                front.get_input_tensor(0).data[0] = chunk
+                front.infer()
+                network.get_input_tensor(0).data[:] = front.get_output_tensor(0).data
+            else:
+                network.get_input_tensor(0).data[0] = chunk
+            network.infer()
+            results.append([network.get_output_tensor(i).data.copy() for i in range(len(self._network.outputs))])
         return _three([np.concatenate(parts) for parts in zip(*results, strict=True)], self._config)
+
+    def _requests(self) -> tuple[Any, Any]:
+        """Return what runs front end and network in this thread."""
+        if not hasattr(self._local, "requests"):
+            front = None if self._front is None else self._front.create_infer_request()
+            self._local.requests = (front, self._network.create_infer_request())
+        return self._local.requests  # type: ignore[no-any-return]
 
 
 def _split(openvino: Any, model: Any) -> tuple[Any, Any]:
-    """Cut a graph at the log-mel: front end and network. The network takes waveforms too, for their number alone."""
+    """Cut a graph of fixed shapes at the log-mel: front end and network."""
     whole = model.clone()
     front = openvino.Model([openvino.opset13.result(_log_mel(model))], model.get_parameters(), "front")
     cut = _log_mel(whole)

@@ -353,6 +353,29 @@ def test_backends_that_are_absent(small, monkeypatch):
         export_onnx(small[1], small[2], small[0])
 
 
+@pytest.mark.slow
+def test_compiled_by_pytorch():
+    recording = EXAMPLES / "rain_and_clock.ogg"
+    exact = htsat.Predictor("default", backend="torch").predict(recording)
+    found = htsat.Predictor("default", backend="compiled").predict(recording)
+    np.testing.assert_allclose(found.framewise_posteriors, exact.framewise_posteriors, atol=1e-4)
+
+
+def test_a_compiler_that_fails(small, tmp_path, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    _, model, config = small
+    save_checkpoint(tmp_path / "model.safetensors", model, config)
+
+    def fail(*_):
+        raise TorchDynamoException("no C++ compiler\nand much more")
+
+    runner = open_model(tmp_path / "model.safetensors", backend="torch")
+    monkeypatch.setattr(runner.backend, "_model", fail)
+    with pytest.raises(UsageError, match=r"cannot compile the network here \(no C\+\+ compiler\); .*--backend torch"):
+        runner.backend(waveforms(config, 1))
+
+
 def test_installed_looks_without_importing():
     assert installed("torch") and installed("onnxruntime")
 

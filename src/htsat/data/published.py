@@ -25,14 +25,14 @@ _ESC_COLUMNS = ("filename", "fold", "target", "category", "src_file")
 
 
 def read_esc(folder: Path) -> list[Clip]:
-    """Read ESC-50 or ESC-10: ``audio/`` and ``meta/esc50.csv`` or ``meta/esc10.csv``.
+    """Read ESC-50 or ESC-10: ``audio/`` and ``meta/esc50.csv``, ``meta/esc10.csv`` or ``metadata.csv``.
 
     ``meta/segments.tsv`` (filename, onset, offset), if there, gives the active parts of each clip.
 
     Raises:
         DataError: with every problem of the corpus.
     """
-    table = next((name for name in _ESC_TABLES if (folder / name).is_file()), None)
+    table = next((name for name in _ESC_TABLES if (folder / name).is_file()), None) or esc_table(folder, ten=False)
     if table is None:
         raise DataError(f"{folder}: not an ESC data set: neither {_ESC_TABLES[0]} nor {_ESC_TABLES[1]} is there")
     checker = Checker(folder)

@@ -75,12 +75,22 @@ class TorchBackend:
         if precision == "bfloat16":
             self._model = copy.deepcopy(self._model).bfloat16()
         if compiled:
-            self._model.compile()
+            self._model.compile(dynamic=False)  # each length for itself: some kernels of the fine head fail otherwise
 
     def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
         """Map chunks to clip logits, frame logits and embeddings; see ``backends.Backend``."""
-        with torch.inference_mode():
-            output = self._model(torch.from_numpy(chunks).to(self.device), "native")
+        try:
+            with torch.inference_mode():
+                output = self._model(torch.from_numpy(chunks).to(self.device), "native")
+        except RuntimeError as error:
+            # Named, not imported: that would take longer than all the rest of PyTorch.
+            if "TorchDynamoException" not in (kind.__name__ for kind in type(error).__mro__):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"torch.compile cannot compile the network here ({reason}); it needs a C++ compiler; "
+                "use --backend torch"
+            ) from None
         none: Any = output.embedding.new_zeros((len(chunks), self._model.num_tokens, 0))
         framewise = none if output.framewise_logits is None else output.framewise_logits
         clipwise = none[:, 0] if output.clipwise_logits is None else output.clipwise_logits

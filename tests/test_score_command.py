@@ -345,6 +345,13 @@ def test_a_small_advantage_in_every_file_is_told(score):
     assert "higher than" in table and table.count(" higher\n") >= 2
 
 
+def test_the_other_system_may_know_other_classes(score):
+    other = FOUND + "a.wav\t4\t5\towl\n"
+    code, found, _ = score(TRUTH, FOUND, "--against", "DIR/other.tsv", other__tsv=other)
+    assert code == 0 and found["difference"]["event_based"]["macro_f1"]["value"] == 0
+    assert found["difference"]["event_based"]["micro_f1"]["value"] == pytest.approx(2 / 6 - 2 / 7)
+
+
 def test_the_other_system_may_know_other_files(score):
     other = HEADER + "c.wav\t0\t1\tdog\n"
     code, found, err = score(TRUTH, FOUND, "--against", "DIR/other.tsv", other__tsv=other)

@@ -296,6 +296,10 @@ def test_the_fastest_installed_backend_is_chosen(small, monkeypatch):
     monkeypatch.setattr("htsat.backends._has_gpu", lambda: False)
     assert open_model("default").name == "torch"
     here.clear()
+    with pytest.raises(
+        UsageError, match="bfloat16 needs the backend openvino or torch"
+    ):
+        open_model("default", precision="bfloat16")
     with pytest.raises(UsageError, match=r"running a checkpoint needs PyTorch: pip install 'htsat\[torch\]'"):
         open_model("default")
     with pytest.raises(UsageError, match="the backend onnxruntime is not installed: pip install onnxruntime"):

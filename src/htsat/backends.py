@@ -200,6 +200,8 @@ def _chosen(path: Path, checkpoint: Path | None, export: Path | None, device: st
                 return name
     if checkpoint is None:
         return "openvino" if precision != "float32" else "onnxruntime"  # which the caller finds missing
+    if not installed("torch") and export is not None and precision != "float32":
+        raise UsageError(f"{precision} needs the backend openvino or torch: pip install 'htsat[openvino]'")
     if not installed("torch"):
         read_config(path)
         raise UsageError(

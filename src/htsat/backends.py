@@ -164,10 +164,10 @@ def open_model(
         from htsat.model.runtime import TorchBackend, load_model
 
         network = load_model(checkpoint)
-        compiled = TorchBackend(
+        torch_backend = TorchBackend(
             network, device=device, threads=threads, precision=precision, compiled=name == "compiled"
         )
-        return Runner(compiled, name, network.checkpoint, path, at_once, network)
+        return Runner(torch_backend, name, network.checkpoint, path, at_once, network)
     if export is None:
         raise UsageError(
             f"{path}: is a checkpoint, which {name} does not run; export it first: htsat export {path.name} "
@@ -175,26 +175,28 @@ def open_model(
         )
     if device not in ("auto", "cpu"):
         raise UsageError(f"the backend {name} runs on the CPU, not on {device!r}; use --backend torch")
-    if name == "onnxruntime":
-        if precision != "float32":
-            raise UsageError("the backend onnxruntime computes in float32; use --backend openvino for bfloat16")
-        config = read_exported(export)
-        return Runner(OnnxBackend(export, config, threads=threads), name, config, path, at_once)
+    if name == "onnxruntime" and precision != "float32":
+        raise UsageError("the backend onnxruntime computes in float32; use --backend openvino for bfloat16")
     config = read_exported(export)
-    backend_of_all = OpenVinoBackend(export, config, threads=threads, jobs=at_once, precision=precision)
-    return Runner(backend_of_all, name, config, path, at_once)
+    exported: Backend
+    if name == "onnxruntime":
+        exported = OnnxBackend(export, config, threads=threads)
+    else:
+        exported = OpenVinoBackend(export, config, threads=threads, jobs=at_once, precision=precision)
+    return Runner(exported, name, config, path, at_once)
 
 
 def _chosen(path: Path, checkpoint: Path | None, export: Path | None, device: str, precision: str) -> str:
     """Return the fastest backend that is installed and can run the model on the device."""
-    fits = export is not None and device in ("auto", "cpu")
-    if fits and device == "auto" and checkpoint is not None and installed("torch") and _has_gpu():
-        return "torch"
-    if fits and export is not None:
-        large = export.stat().st_size >= _LARGE
-        order = ["openvino", "onnxruntime"] if large or precision != "float32" else ["onnxruntime", "openvino"]
+    if export is not None and device in ("auto", "cpu"):
+        if device == "auto" and checkpoint is not None and installed("torch") and _has_gpu():
+            return "torch"
         if precision != "float32":
-            order.remove("onnxruntime")
+            order = ["openvino"]
+        elif export.stat().st_size >= _LARGE:
+            order = ["openvino", "onnxruntime"]
+        else:
+            order = ["onnxruntime", "openvino"]
         for name in order:
             if installed(name):
                 return name

@@ -269,14 +269,12 @@ class SceneMixer:
         if config.reverb and rng.random() < config.reverb:
             decay = rng.uniform(config.min_decay_seconds, config.max_decay_seconds)
             room = room_response(rng, self._rate, decay, reverberant_db=rng.uniform(-15, 0))
+        others_alone = False
         if self._others and rng.random() < config.others * (1 - easy):
             self._place_others(rng, canvas, level, room)
-            alone = rng.random() < config.others_alone
-        else:
-            alone = False
-        placed: list[Placed] = []
-        if alone:
-            pass
+            others_alone = rng.random() < config.others_alone
+        if others_alone:
+            placed: list[Placed] = []
         elif rng.random() < easy + config.whole_clip * (1 - easy):
             placed = self._place_clips(rng, canvas, level, room)
         else:

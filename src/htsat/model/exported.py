@@ -194,8 +194,6 @@ class OnnxBackend:
         CheckpointError: it cannot run the file.
     """
 
-    name = "onnxruntime"
-
     def __init__(self, path: str | os.PathLike[str], config: CheckpointConfig, *, threads: int | None = None) -> None:
         try:
             import onnxruntime
@@ -236,8 +234,6 @@ class OpenVinoBackend:
         UsageError: OpenVINO is not installed, ``threads`` is below 1, or the processor has no bfloat16.
         CheckpointError: it cannot run the file.
     """
-
-    name = "openvino"
 
     def __init__(
         self,

@@ -105,7 +105,7 @@ def test_an_unknown_key_names_the_nearest_one() -> None:
 
 def test_an_unknown_key_near_to_nothing_lists_the_known_ones() -> None:
     message = refused(InferenceConfig, {"xyzzy": 1})
-    assert "unknown key 'xyzzy'; known: short, chunk_part, hop_seconds, clip_pooling" in message
+    assert "unknown key 'xyzzy'; known: short, chunk_part, hop_seconds, lookahead_seconds, clip_pooling" in message
 
 
 def test_keys_that_are_no_text_are_refused() -> None:

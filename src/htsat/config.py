@@ -396,6 +396,9 @@ class InferenceConfig:
     short; one of ``CheckpointConfig.native_sizes``."""
     hop_seconds: float = 5.0
     """Seconds between the starts of overlapping chunks of longer recordings."""
+    lookahead_seconds: float | None = None
+    """None: where chunks overlap, what they say is cross-faded. A number: as live, chunks roll, and each moment is
+    answered for once, by the first chunk that hears at least so many seconds behind it."""
     clip_pooling: Literal["max", "mean", "top"] = "max"
     """Clip posteriors over chunks: largest, mean, or mean of the largest quarter."""
     shifts: int = 1
@@ -408,6 +411,14 @@ class InferenceConfig:
         _check("chunk_part", self.chunk_part, 1, 1024)
         _check("shifts", self.shifts, 1, 32)
         _check("hop_seconds", self.hop_seconds, 0.1, 60)
+        if self.lookahead_seconds is not None:
+            _check("lookahead_seconds", self.lookahead_seconds, 0, 60)
+            if self.shifts != 1:
+                raise ConfigError(
+                    f"lookahead_seconds needs shifts = 1 (chunks that roll are not moved), got {self.shifts}"
+                )
+            if self.short == "native":
+                raise ConfigError("lookahead_seconds needs short = 'pad' or 'tile': chunks that roll have one length")
 
 
 @dataclass(frozen=True)
@@ -469,6 +480,11 @@ class CheckpointConfig:
         if self.inference.hop_seconds > heard_seconds:
             raise ConfigError(
                 f"hop_seconds {self.inference.hop_seconds:g} leaves gaps between chunks of {heard_seconds:g} s"
+            )
+        if self.lookahead_tokens is not None and self.hop_tokens + self.lookahead_tokens > self.heard_tokens:
+            raise ConfigError(
+                f"hop_seconds {self.inference.hop_seconds:g} and lookahead_seconds "
+                f"{self.inference.lookahead_seconds:g} together exceed a chunk of {heard_seconds:g} s"
             )
         if self.heard_frames > self.heard_samples:
             raise ConfigError(
@@ -534,9 +550,26 @@ class CheckpointConfig:
         return self.num_tokens // self.inference.chunk_part
 
     @property
+    def hop_tokens(self) -> int:
+        """Tokens between the starts of chunks."""
+        return min(self.heard_tokens, max(1, round(self.inference.hop_seconds / self.token_seconds)))
+
+    @property
+    def lookahead_tokens(self) -> int | None:
+        """Tokens that chunks hear behind those that they answer for; None: chunks do not roll."""
+        seconds = self.inference.lookahead_seconds
+        return None if seconds is None else round(seconds / self.token_seconds)
+
+    @property
     def heard_frames(self) -> int:
         """Time steps of the framewise output that shifted hearings of such a chunk make together."""
         return self.heard_tokens * self.inference.shifts
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds of a frame of the framewise output."""
+        # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
+        return self.heard_samples / (self.heard_frames * self.frontend.sample_rate)
 
     @property
     def num_frames(self) -> int:

@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from htsat.audio.chunk import Chunk, Stitcher, chunk_stream, num_tokens, pool_chunks
+from htsat.audio.chunk import Chunk, Chunker, Stitcher, num_tokens, pool_chunks
 from htsat.audio.decode import AudioSource, open_audio
 from htsat.audio.resample import prefetch, resample
 from htsat.backends import Backend, BackendName, Precision, open_model
@@ -232,6 +232,14 @@ class Predictor:
 
         return load_model(self._runner.path)
 
+    def run(self, chunks: Array) -> tuple[Array, Array, Array]:
+        """Run the network on chunks; see ``htsat.backends.Backend``.
+
+        Raises:
+            MemoryError: the device has too little memory for them.
+        """
+        return run_backend(self._backend, chunks, len(chunks))
+
     def predict(
         self,
         source: AudioSource,
@@ -255,7 +263,7 @@ class Predictor:
             MemoryError: the device has too little memory for a batch.
         """
         config = self.config
-        rate, counted = config.frontend.sample_rate, counted_classes(config)
+        rate = config.frontend.sample_rate
         overview = SpectrogramOverview(rate) if spectrogram else None
         num_samples = 0
 
@@ -264,14 +272,13 @@ class Predictor:
             def blocks() -> Iterator[Array]:
                 nonlocal num_samples
                 for block in resample(reader, rate):
-                    _check_level(block, reader.name, num_samples / rate)
+                    check_level(block, reader.name, num_samples / rate)
                     num_samples += len(block)
                     if overview is not None:
                         overview.add(block)
                     yield block
 
-            framewise_of = Framewise(config)
-            clipwise, embeddings, lengths = [], [], []
+            hearing = Hearing(config, self.labels)
             # The next batch is made while the network works on this one. Closed before the reader is, whatever
             # happens: a decoder must not be freed under the thread that decodes.
             made_ahead = cast(
@@ -280,14 +287,7 @@ class Predictor:
             with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
                     samples = np.stack([chunk.samples for chunk in batch])
-                    clip_logits, frame_logits, embedding = run_backend(self._backend, samples, self._batch_size)
-                    # What sounds in a recording is told by its chunks alone, when by the moved ones too.
-                    unmoved = [index for index, chunk in enumerate(batch) if not chunk.shift]
-                    clipwise.append(to_posteriors(clip_logits[unmoved], config))
-                    embeddings.append(embedding[unmoved])
-                    lengths += [batch[index].length for index in unmoved]
-                    for chunk, logits in zip(batch, frame_logits, strict=True):
-                        framewise_of.add(chunk, logits)
+                    hearing.add(batch, *run_backend(self._backend, samples, self._batch_size))
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
             file = reader.name
@@ -296,29 +296,10 @@ class Predictor:
         elif isinstance(source, (str, os.PathLike)):
             file = os.fsdecode(source)
 
-        duration = num_samples / rate
-        weights = np.asarray(lengths, dtype=np.float64)
-        framewise = framewise_of.finish(num_samples)
-        clip = pool_chunks(np.concatenate(clipwise), weights, config.inference.clip_pooling)
-        if counted is not None:
-            clip = counted(clip)
-        grid = FrameGrid(frame_boundaries(len(framewise), duration, config))
-        order = np.argsort(-clip, kind="stable")
         drawn = None
         if overview is not None:
             drawn = Overview(overview.finish(), overview.config.f_min, overview.config.f_max, overview.column_seconds)
-        return Prediction(
-            file=file,
-            duration=duration,
-            labels=self.labels,
-            tags=[Tag(self.labels[i], float(clip[i])) for i in order],
-            events=decode_events(framewise, grid.boundaries, self.labels, config.decoding),
-            clipwise_posteriors=clip,
-            framewise_posteriors=framewise,
-            frame_boundaries=grid.boundaries,
-            embedding=(weights / weights.sum() @ np.concatenate(embeddings)).astype(np.float32),
-            overview=drawn,
-        )
+        return hearing.finish(file, num_samples, drawn)
 
     def predict_many(
         self,
@@ -381,18 +362,82 @@ class _StoppedError(Exception):
     """Nobody waits for the result any more."""
 
 
+class Hearing:
+    """Gathers what the network says of the chunks of one recording until it is a ``Prediction``.
+
+    Args:
+        config: of the model, as it is used.
+        labels: the classes that are told.
+    """
+
+    def __init__(self, config: CheckpointConfig, labels: list[str]) -> None:
+        self._config, self._labels = config, labels
+        self._framewise = Framewise(config)
+        self._clipwise: list[Array] = []
+        self._embeddings: list[Array] = []
+        self._lengths: list[int] = []
+
+    def add(self, chunks: Sequence[Chunk], clip_logits: Array, frame_logits: Array, embedding: Array) -> None:
+        """Add what the network says of the next chunks; see ``Backend``."""
+        # What sounds in a recording is told by its chunks alone, when by the moved ones too.
+        unmoved = [index for index, chunk in enumerate(chunks) if not chunk.shift]
+        self._clipwise.append(to_posteriors(clip_logits[unmoved], self._config))
+        self._embeddings.append(embedding[unmoved])
+        self._lengths += [chunks[index].length for index in unmoved]
+        for chunk, logits in zip(chunks, frame_logits, strict=True):
+            self._framewise.add(chunk, logits)
+
+    def finish(self, file: str, num_samples: int, overview: Overview | None = None) -> Prediction:
+        """Return what sounds in the recording, of ``num_samples``, called ``file``."""
+        config, counted = self._config, counted_classes(self._config)
+        duration = num_samples / config.frontend.sample_rate
+        weights = np.asarray(self._lengths, dtype=np.float64)
+        framewise = self._framewise.finish(num_samples)
+        clip = pool_chunks(np.concatenate(self._clipwise), weights, config.inference.clip_pooling)
+        if counted is not None:
+            clip = counted(clip)
+        grid = FrameGrid(frame_boundaries(len(framewise), duration, config))
+        order = np.argsort(-clip, kind="stable")
+        return Prediction(
+            file=file,
+            duration=duration,
+            labels=self._labels,
+            tags=[Tag(self._labels[i], float(clip[i])) for i in order],
+            events=decode_events(framewise, grid.boundaries, self._labels, config.decoding),
+            clipwise_posteriors=clip,
+            framewise_posteriors=framewise,
+            frame_boundaries=grid.boundaries,
+            embedding=(weights / weights.sum() @ np.concatenate(self._embeddings)).astype(np.float32),
+            overview=overview,
+        )
+
+
 def heard_chunks(blocks: Iterable[Array], config: CheckpointConfig) -> Iterator[Chunk]:
     """Cut a stream of samples into the chunks that a model hears; see ``htsat.audio.chunk``.
 
     Of a recording heard at native size there is one, with as many samples as that takes.
     """
-    inference = config.inference
-    hop_tokens = min(config.heard_tokens, max(1, round(inference.hop_seconds / config.token_seconds)))
-    short: Literal["pad", "tile"] = "tile" if inference.short == "tile" else "pad"
-    for chunk in chunk_stream(blocks, config.heard_samples, config.heard_tokens, hop_tokens, short, inference.shifts):
-        if inference.short == "native" and not chunk.start_token:
-            chunk = dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
-        yield chunk
+    for chunk in chunker_of(config).stream(blocks):
+        yield at_native_size(chunk, config)
+
+
+def at_native_size(chunk: Chunk, config: CheckpointConfig) -> Chunk:
+    """Return a chunk with as many samples as are heard: fewer of a recording heard at native size."""
+    if config.inference.short != "native" or chunk.start_token:
+        return chunk
+    return dataclasses.replace(chunk, samples=chunk.samples[: config.native_samples(chunk.length)])
+
+
+def chunker_of(config: CheckpointConfig) -> Chunker:
+    """Return what cuts a recording into the chunks that a model hears, but for those of native size."""
+    return Chunker(
+        config.heard_samples,
+        config.heard_tokens,
+        config.hop_tokens,
+        "tile" if config.inference.short == "tile" else "pad",
+        config.inference.shifts,
+        config.lookahead_tokens,
+    )
 
 
 def run_backend(backend: Backend, chunks: Array, batch_size: int) -> tuple[Array, Array, Array]:
@@ -438,6 +483,11 @@ class Framewise:
         posteriors = frame_posteriors(logits, self._config)
         if self._counted is not None:
             posteriors = self._counted(posteriors)
+        if chunk.answers is not None:
+            first = chunk.answers.start - chunk.start_token
+            self._stitcher.extend(posteriors[first : first + len(chunk.answers)])
+            self._heard += len(chunk.answers)
+            return
         self._rows[:, self._shifts - 1 - chunk.shift] = posteriors
         if not chunk.shift:  # the last one of its chunk
             self._stitcher.add(
@@ -445,8 +495,18 @@ class Framewise:
             )
             self._heard = (chunk.start_token + len(logits)) * self._shifts
 
+    def take(self) -> Array:
+        """Return those framewise posteriors that are final and were not taken before, (any, num_classes).
+
+        Not of chunks that are heard several times (``shifts``).
+        """
+        return self._stitcher.take()
+
     def finish(self, num_samples: int) -> Array:
-        """Return the framewise posteriors of a recording of ``num_samples``, (num_frames, num_classes)."""
+        """Return the framewise posteriors of a recording of ``num_samples``, (num_frames, num_classes).
+
+        Without those that were taken.
+        """
         num_frames = num_tokens(num_samples, self._config.heard_samples, self._config.heard_frames)
         rows = self._stitcher.finish(max(num_frames, min(self._heard, num_frames + self._shifts // 2)))
         return rows if self._shifts == 1 else centred(rows, num_frames, self._shifts)
@@ -471,9 +531,7 @@ def centred(rows: Array, num_frames: int, shifts: int) -> Array:
 
 def frame_boundaries(num_frames: int, duration: float, config: CheckpointConfig) -> NDArray[np.float64]:
     """Return the (num_frames + 1,) seconds between the frames of a recording; the last one is its end."""
-    # From the samples of a chunk, not from its nominal seconds: those may be no whole number of samples.
-    step = config.heard_samples / (config.heard_frames * config.frontend.sample_rate)
-    boundaries = np.arange(num_frames + 1, dtype=np.float64) * step
+    boundaries = np.arange(num_frames + 1, dtype=np.float64) * config.frame_seconds
     boundaries[-1] = duration
     return boundaries
 
@@ -520,7 +578,7 @@ def softmax(logits: Array) -> Array:
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True), dtype=np.float32)
 
 
-def _check_level(block: Array, name: str, start: float) -> None:
+def check_level(block: Array, name: str, start: float) -> None:
     """Refuse samples whose power single precision cannot hold: the network would answer with NaN."""
     if len(block) and not max(float(block.max()), -float(block.min())) <= _MAX_SAMPLE:
         raise AudioError(

@@ -53,23 +53,46 @@ def stream_audio(
 
 def resample(reader: AudioReader, sample_rate: int, block_seconds: float = 10.0) -> Iterator[NDArray[np.float32]]:
     """Stream an open recording at ``sample_rate`` Hz; see ``stream_audio``."""
-    blocks = reader.blocks(block_seconds)
-    if reader.sample_rate == sample_rate:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(reader.sample_rate, sample_rate, 1, dtype="float32", quality="HQ")
-    count = 0
-    for block in blocks:
-        out = stream.resample_chunk(block)
+    stream = Resampler(reader.sample_rate, sample_rate)
+    for block in reader.blocks(block_seconds):
+        out = stream.push(block)
         if len(out):
-            count += len(out)
             yield out
-    out = stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-    if not count and not len(out):
-        # a few samples at a high rate round to none; a recording always has one
-        out = np.zeros(1, dtype=np.float32)
+    out = stream.finish()
     if len(out):
         yield out
+
+
+class Resampler:
+    """Resamples a stream as it comes; see ``stream_audio``.
+
+    Args:
+        sample_rate_in: Hz of what comes.
+        sample_rate_out: Hz of what is made.
+    """
+
+    def __init__(self, sample_rate_in: int, sample_rate_out: int) -> None:
+        self._stream = None
+        if sample_rate_in != sample_rate_out:
+            self._stream = soxr.ResampleStream(sample_rate_in, sample_rate_out, 1, dtype="float32", quality="HQ")
+        self._came = self._made = False
+
+    def push(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the next (any,) samples add, which may be nothing; of equal rates the samples themselves."""
+        self._came = self._came or len(block) > 0
+        out: NDArray[np.float32] = block if self._stream is None else self._stream.resample_chunk(block)
+        self._made = self._made or len(out) > 0
+        return out
+
+    def finish(self) -> NDArray[np.float32]:
+        """Return the rest."""
+        out: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
+        if self._stream is not None:
+            out = self._stream.resample_chunk(out, last=True)
+        if self._came and not self._made and not len(out):
+            # a few samples at a high rate round to none; a recording always has one
+            out = np.zeros(1, dtype=np.float32)
+        return out
 
 
 def read_audio(

@@ -5,10 +5,12 @@
 
 Every event is a false alarm. Recordings that the model was trained on, also as backgrounds, tell too little of others:
 ``--esc`` takes the clips of ESC-50's classes that the model does not know. Clips of ``--skip`` classes are left out:
-their sounds may be those of a class under another name.
+their sounds may be those of a class under another name. Beside each rate stands its 95 % interval (Poisson, as if
+events came one by one): few minutes without an event do not say that there are none per hour.
 """
 
 import argparse
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -57,7 +59,25 @@ def main() -> None:
         print(f"{name}: {len(paths)} recordings, {60 * hours:.1f} minutes")
         for point, counts in found.items():
             per_class = ", ".join(f"{label} {count / hours:.1f}" for label, count in counts.most_common())
-            print(f"  {point}: {counts.total() / hours:.1f} events per hour ({per_class or 'none'})")
+            low, high = (bound / hours for bound in rate_interval(counts.total()))
+            print(f"  {point}: {counts.total() / hours:.1f} ({low:.1f} to {high:.1f}) events per hour, "
+                  f"{counts.total()} in all ({per_class or 'none'})")  # fmt: skip
+
+
+def rate_interval(count: int) -> tuple[float, float]:
+    """Return the expected numbers of events with which so few, or so many, have a probability of 2.5 %."""
+
+    def at_most(number: int, expected: float) -> float:
+        return math.fsum(math.exp(k * math.log(expected) - expected - math.lgamma(k + 1)) for k in range(number + 1))
+
+    def solve(number: int, probability: float) -> float:
+        low, high = 1e-9, 10.0 * (number + 2)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(number, middle) > probability else (low, middle)
+        return middle
+
+    return solve(count - 1, 0.975) if count else 0.0, solve(count, 0.025)
 
 
 if __name__ == "__main__":

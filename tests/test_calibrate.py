@@ -17,7 +17,15 @@ from htsat.config import (
 )
 from htsat.detection.decoder import decode_events
 from htsat.errors import ConfigError, DataError, UsageError
-from htsat.evaluation.calibrate import METRICS, _Recordings, _Search, _Truth, calibrate_decoding, score
+from htsat.evaluation.calibrate import (
+    METRICS,
+    QuietRecordings,
+    _Recordings,
+    _Search,
+    _Truth,
+    calibrate_decoding,
+    score,
+)
 from htsat.evaluation.probabilities import (
     calibrate_one,
     calibrate_several,
@@ -27,7 +35,7 @@ from htsat.evaluation.probabilities import (
     logits_of,
 )
 from htsat.events import Event
-from htsat.predict import calibrated, sigmoid, softmax, to_posteriors
+from htsat.hearing import calibrated, sigmoid, softmax, to_posteriors
 
 STEP = 0.04
 
@@ -229,6 +237,19 @@ def test_operating_points_reach_what_was_asked_for(metric):
         assert score(metric, reference, estimated, dict.fromkeys(posteriors, 4.0)).per_class["a"] == one.points[point]
 
 
+def test_a_single_detection_has_no_precision():
+    """Above 0.9 there is one detection, a right one, and below it as many wrong as right ones."""
+    posteriors, boundaries, reference, labels = material(40, {"a": (0.7, 0.01)}, bumps=0)
+    wrong = [name for name, events in reference.items() if not events]
+    for name in wrong:
+        posteriors[name][20:45] = 0.7
+    first = next(name for name in posteriors if name not in wrong)
+    posteriors[first][posteriors[first] > 0.5] = 0.97
+    found = calibrate_decoding(posteriors, boundaries, reference, labels)
+    precise = found.per_class["a"].points["high_precision"]
+    assert (precise.tp, precise.fp) == (20, 20) and "high_precision" in found.per_class["a"].unreachable
+
+
 def test_what_cannot_be_reached_is_told():
     posteriors, boundaries, reference, labels = material(40, {"a": (0.8, 0.1)}, bumps=0)
     for name in list(posteriors)[::2]:
@@ -243,6 +264,149 @@ def test_wrong_usage():
         calibrate_decoding(*given, "event_base")
     with pytest.raises(UsageError, match=r"min_recall must be above 0 and at most 1, got 1.5"):
         calibrate_decoding(*given, min_recall=1.5)
+    with pytest.raises(UsageError, match=r"max_false_alarms must be 0 or more, got -1"):
+        calibrate_decoding(*given, max_false_alarms=-1)
+    with pytest.raises(UsageError, match=r"max_delay must be 0 or more, got nan"):
+        calibrate_decoding(*given, max_delay=float("nan"))
+
+
+# ------------------------------------------------------------------ quiet recordings, and filters that do not wait
+
+
+def loud_and_faint():
+    """40 recordings with 20 events of each class: those of ``a`` at 0.95 or 0.75, those of ``b`` at 0.95."""
+    posteriors, boundaries, reference, labels = material(40, {"a": (0.95, 0.01), "b": (0.95, 0.01)}, bumps=0)
+    for name in list(posteriors)[::4]:
+        posteriors[name][:, 0] = np.minimum(posteriors[name][:, 0], 0.75)
+    return posteriors, boundaries, reference, labels
+
+
+def an_hour(*levels, parts=4):
+    """Recordings of an hour together, in 36 s steps, in which class ``c`` rises to each of ``levels[c]`` once."""
+    values = np.full((parts, 100 // parts, len(levels)), 0.01, np.float32)
+    for c, peaks in enumerate(levels):
+        for i, peak in enumerate(peaks):
+            values[i % parts, 2 * (i // parts) + 1, c] = peak
+    names = [f"quiet{i}" for i in range(parts)]
+    bounds = np.arange(100 // parts + 1) * 36.0
+    return QuietRecordings(dict(zip(names, values, strict=True)), dict.fromkeys(names, bounds))
+
+
+def thresholds(config, labels):
+    return [config.for_label(label).threshold for label in labels]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_thresholds_are_raised_where_it_costs_least(metric):
+    """10 false alarms at 0.85: the 6 of ``b`` cost nothing, the 4 of ``a`` half of its events."""
+    given = loud_and_faint()
+    labels = given[3]
+    quiet = an_hour([0.85] * 4, [0.85] * 6)
+    plain = calibrate_decoding(*given, metric)
+    assert plain.false_alarms is None and plain.macro_f1 == 1 and max(thresholds(plain.decoding, labels)) <= 0.75
+    whole = 2 * 10 / (10 + 20)
+    for limit, left, on, f1 in (
+        (12, (4, 6), [None, None], (1, 1)),
+        (4, (4, 0), [None, 0.9], (1, 1)),
+        (3, (0, 0), [0.9, 0.9], (whole, 1)),
+    ):
+        found = calibrate_decoding(*given, metric, quiet=quiet, max_false_alarms=limit)
+        alarms = found.false_alarms
+        assert (alarms.before, alarms.after, alarms.hours, alarms.recordings) == (10, sum(left), 1, 4)
+        assert alarms.reached and alarms.limit == limit
+        expected = [t or old for t, old in zip(on, thresholds(plain.decoding, labels), strict=True)]
+        assert thresholds(found.decoding, labels) == pytest.approx(expected)
+        for label, count, value in zip(labels, left, f1, strict=True):
+            one = alarms.per_class[label]
+            assert (one.tuned, one.after, one.f1_before) == (True, count, 1)
+            if metric != "segment_based":
+                assert one.f1 == pytest.approx(value)
+        assert found.macro_f1 == pytest.approx(np.mean([alarms.per_class[label].f1 for label in labels]))
+        assert alarms.macro_f1_before == plain.macro_f1
+        assert alarms.cross_validated_macro_f1_before == plain.cross_validated_macro_f1
+        # Every recording is like the others: what is learned from three of them holds for the fourth.
+        assert alarms.cross_validated == sum(left)
+        points = found.operating_points
+        assert points["high_recall"] == plain.operating_points["high_recall"]
+        for label in labels:
+            strict, balanced = (points[name].for_label(label) for name in ("high_precision", "balanced"))
+            old = plain.decoding.for_label(label)
+            assert strict.threshold >= balanced.threshold
+            ratio = old.threshold_off / old.threshold
+            assert balanced.threshold_off / balanced.threshold == pytest.approx(ratio, abs=1e-3)
+
+
+def test_no_more_is_given_up_than_is_needed():
+    """Of ``a``'s false alarms one must go: to 0.8 none of its events is lost, to 0.999 all would be."""
+    given = loud_and_faint()
+    quiet = an_hour([0.74, 0.85, 0.96, 0.97], [0.9985])
+    found = calibrate_decoding(*given, quiet=quiet, max_false_alarms=4)
+    # That of b is as dear as all of b's events, those of a up to its events at 0.75 are free.
+    assert found.macro_f1 == 1 and found.false_alarms.after == 4
+    assert 0.74 < found.decoding.for_label("a").threshold <= 0.75
+    last = calibrate_decoding(*given, quiet=quiet, max_false_alarms=0)
+    assert last.false_alarms.after == 0 and last.macro_f1 == 0
+    assert thresholds(last.decoding, ["a", "b"]) == [0.98, 0.999]
+
+
+def test_a_limit_that_cannot_be_reached():
+    """Full posteriors stay whatever the threshold; a class with few events, or none, keeps its settings."""
+    posteriors, boundaries, reference, labels = loud_and_faint()
+    rare = [name for name, events in reference.items() if any(e.event_label == "b" for e in events)][3:]
+    for name in rare:
+        reference[name] = [e for e in reference[name] if e.event_label == "a"]
+    wide = {name: np.pad(values, ((0, 0), (0, 1))) for name, values in posteriors.items()}
+    before = DecodingConfig(per_class={"never": {"threshold": 0.44}})
+    quiet = an_hour([0.85, 1.0, 1.0], [0.99, 0.99], [0.5])
+    settings = {"before": before, "quiet": quiet, "max_false_alarms": 0}
+    found = calibrate_decoding(wide, boundaries, reference, [*labels, "never"], **settings)
+    alarms = found.false_alarms
+    assert (alarms.before, alarms.after, alarms.reached) == (6, 5, False)
+    told = {label: (one.tuned, one.before, one.after) for label, one in alarms.per_class.items()}
+    assert told == {"a": (True, 3, 2), "b": (False, 2, 2), "never": (False, 1, 1)}
+    assert found.decoding.for_label("never").threshold == 0.44
+    plain = alarms.to_dict()
+    assert (plain["reached"], plain["per_hour_before"], plain["per_hour"]) == (False, 6, 5)
+    alone = QuietRecordings({"x": np.zeros((0, 3), np.float32)}, {"x": np.zeros(1)})
+    with pytest.raises(DataError, match="no sound in the quiet recordings"):
+        calibrate_decoding(wide, boundaries, reference, [*labels, "never"], quiet=alone)
+
+
+def test_false_alarms_are_what_the_decoder_finds():
+    """Noise for posteriors, recordings of any length; the order of files does not matter."""
+    rng = np.random.default_rng(4)
+    given = material(40, {"a": (0.8, 0.2), "b": (0.7, 0.1)}, noise=0.1)
+    bounds = {f"q{i}": grid(1.0 + 3 * i) for i in range(6)}
+    noise = {name: rng.random((len(b) - 1, 2)).astype(np.float32) for name, b in bounds.items()}
+    quiet = QuietRecordings(noise, bounds)
+    found = calibrate_decoding(*given, quiet=quiet, max_false_alarms=1000)
+    for name, config in found.operating_points.items():
+        events = [e for n in noise for e in decode_events(noise[n], bounds[n], given[3], config)]
+        assert found.false_alarms.points[name] == len(events)
+        if name == "balanced":
+            counts = {label: sum(e.event_label == label for e in events) for label in given[3]}
+            assert counts == {label: one.after for label, one in found.false_alarms.per_class.items()}
+    assert found.false_alarms.hours == pytest.approx(sum(b[-1] for b in bounds.values()) / 3600)
+    assert found.false_alarms.after <= 1000 * found.false_alarms.hours < found.false_alarms.before
+    turned = QuietRecordings(dict(reversed(noise.items())), bounds)
+    assert calibrate_decoding(*given, quiet=turned, max_false_alarms=1000) == found
+    one = dict.fromkeys(noise, "one night")
+    assert calibrate_decoding(*given, quiet=QuietRecordings(noise, bounds, one)).false_alarms.cross_validated is None
+
+
+def test_filters_that_do_not_wait():
+    """Events with holes of one frame, which a median of three frames, 0.12 s, or a gap of 0.1 s mends."""
+    posteriors, boundaries, reference, labels = material(60, {"a": (0.9, 0.05)}, bumps=0)
+    rng = np.random.default_rng(1)
+    for values in posteriors.values():
+        for frame in rng.choice(np.arange(2, 98, 4), 8, replace=False):
+            values[frame] = 0.95 - values[frame]
+    for delay in (0.0, 0.05, 0.06, 0.16):
+        found = calibrate_decoding(posteriors, boundaries, reference, labels, max_delay=delay)
+        for config in found.operating_points.values():
+            settings = config.for_label("a")
+            assert settings.median_seconds / 2 + settings.min_gap <= delay + 1e-6
+        assert (found.macro_f1 > 0.97) == (delay >= 0.06)
 
 
 # ------------------------------------------------------------------ probabilities

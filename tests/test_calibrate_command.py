@@ -93,13 +93,13 @@ def test_the_calibrated_model_says_what_was_tuned_on(tone_predictor, tmp_path):
     predictor._backend = recorder
     given = (sound(23.0, [("low", 3.0, 9.0), ("high", 12.0, 17.1)]), 8000)
     first = predictor.predict(given)
-    calls = len(recorder._backend.calls)
+    calls = len(recorder.backend.calls)
     calibration = CalibrationConfig(LogitCalibration((0.5, 1.0), (0.3, 0.0)), LogitCalibration((0.4, 2.0), (1.0, 0.0)))
     predictor.config = dataclasses.replace(predictor.config, calibration=calibration)
     recorder.replay()
     replayed = predictor.predict(given)
-    assert len(recorder._backend.calls) == calls
-    predictor._backend = recorder._backend
+    assert len(recorder.backend.calls) == calls
+    predictor._backend = recorder.backend
     real = predictor.predict(given)
     np.testing.assert_array_equal(replayed.framewise_posteriors, real.framewise_posteriors)
     np.testing.assert_array_equal(replayed.clipwise_posteriors, real.clipwise_posteriors)
@@ -182,3 +182,118 @@ def test_the_settings_of_another_model_are_taken_over(command, badly_set, tmp_pa
     ):
         code, _, told = command("calibrate", *arguments, "--out", tmp_path / "no.safetensors", model=None)
         assert code == 2 and words in told[0] and not (tmp_path / "no.safetensors").exists()
+
+
+def write_night(folder, events=(), count=3):
+    """Recordings of half a minute in which no tone sounds but those given."""
+    for i in range(count):
+        write_sound(folder / f"night{i}.wav", 30.0, events, sample_rate=8000)
+    return folder
+
+
+def test_quiet_recordings(command, badly_set, tmp_path):
+    """``low`` is heard six times where nothing should be: only a threshold above its posterior stops that."""
+    data, out = write_scenes(tmp_path / "scenes"), tmp_path / "tuned.safetensors"
+    night, calm = write_night(tmp_path / "night", [("low", 2.5, 5.0), ("low", 10.0, 12.5)]), tmp_path / "calm"
+    arguments = ("calibrate", badly_set, data, "--out", out, "--no-probabilities")
+    code, printed, told = command(*arguments, "--quiet", write_night(calm), "--json", model=None)
+    found = json.loads(printed)["decoding"]["false_alarms"]
+    assert (code, found["before"], found["after"], found["limit"], found["recordings"]) == (0, 0, 0, 10, 3)
+    assert found["hours"] == pytest.approx(90 / 3600) and found["reached"] and found["per_hour"] == 0
+    # 90 s: one in them is 40 per hour, and 3 per 90 s cannot be excluded; 3 per 10 per hour takes 18 minutes.
+    assert len(told) == 1 and "1.5 minutes of quiet recordings tell little" in told[0]
+    assert "is 40 per hour, and none means fewer than 120 per hour" in told[0] and "18 minutes without" in told[0]
+    plain = read_config(out)
+    assert read_config(out).provenance["calibration"]["decoding"]["false_alarms"] == found
+    assert json.loads(printed)["quiet"] == ["calm"]
+
+    quiet = ("--quiet", calm, "--quiet", night, "--quiet", night / "night0.wav", "--max-false-alarms")
+    code, printed, told = command(*arguments, *quiet, "200", model=None)
+    assert code == 0 and told == []
+    assert "on 6 quiet recordings, 3.0 minutes: 120.0 before thresholds were raised, 120.0 after" in printed
+    assert read_config(out).decoding == plain.decoding
+    code, printed, _ = command(*arguments, *quiet, "100", "--json", model=None)
+    found = json.loads(printed)["decoding"]
+    assert (code, found["false_alarms"]["before"], found["false_alarms"]["after"]) == (0, 6, 0)
+    assert (found["false_alarms"]["macro_f1_before"], found["macro_f1"]) == (1, 0.5)
+    low, high = (read_config(out).decoding.for_label(label).threshold for label in ("low", "high"))
+    assert low > plain.decoding.for_label("low").threshold and high == plain.decoding.for_label("high").threshold
+    assert read_config(out).operating_points["high_precision"].for_label("low").threshold >= low
+    old = plain.operating_points["high_recall"]
+    assert read_config(out).operating_points["high_recall"] == old
+    # The taken-over settings bring the figures along.
+    whole = write_checkpoint(tmp_path / "whole.safetensors", tiny_config())
+    assert command("calibrate", whole, "--from", out, "--out", tmp_path / "w.safetensors", model=None)[0] == 0
+    taken = read_config(tmp_path / "w.safetensors").provenance["calibration"]
+    assert taken["decoding"]["false_alarms"] == found["false_alarms"]
+
+
+def test_a_labelled_corpus_as_quiet_recordings(command, badly_set, tmp_path):
+    data, out = write_scenes(tmp_path / "scenes"), tmp_path / "tuned.safetensors"
+    other = tmp_path / "other"
+    for label, events in (("LOW", [("low", 1.0, 3.5)]), ("wind", []), ("hum", [])):
+        write_sound(other / label / f"{label}.wav", 10.0, events, sample_rate=8000)
+    table = "filename,label\nother/LOW/LOW.wav,Low\nother/wind/wind.wav,wind\nother/hum/hum.wav,hum\n"
+    (tmp_path / "other.csv").write_text(table)
+    for place in (other, tmp_path / "other.csv"):
+        arguments = ("calibrate", badly_set, data, "--out", out, "--quiet", place, "--json")
+        code, printed, told = command(*arguments, model=None)
+        assert code == 0 and any(line.endswith("1 of 3 recordings are of classes of the model and left out: low")
+                                 for line in told)  # fmt: skip
+        assert json.loads(printed)["decoding"]["false_alarms"]["recordings"] == 2
+    (other / "hum" / "broken.wav").write_bytes(b"no sound")
+    code, printed, told = command(*("calibrate", badly_set, data, "--out", out, "--quiet", other), model=None)
+    assert code == 1 and "broken.wav" in " ".join(told) and "1 of 17 recordings could not be heard" in told[-1]
+    assert out.exists()
+
+
+def test_a_limit_that_cannot_be_reached_is_told(command, badly_set, tmp_path, monkeypatch):
+    import htsat.evaluation.calibrate
+
+    monkeypatch.setattr(htsat.evaluation.calibrate, "_STRICT", ())
+    data, night = write_scenes(tmp_path / "scenes"), write_night(tmp_path / "night", [("low", 2.5, 5.0)])
+    arguments = ("calibrate", badly_set, data, "--out", tmp_path / "x.safetensors", "--no-probabilities")
+    code, _, told = command(*arguments, "--quiet", night, "--max-false-alarms", "0", model=None)
+    assert code == 0 and "the limit of 0 false alarms per hour is not reached: 120.0 are left: low 120.0" in told[0]
+    assert "no length of recordings shows a rate of 0" in told[1]
+
+
+def test_quiet_recordings_that_are_refused(command, badly_set, tmp_path):
+    data, out = write_scenes(tmp_path / "scenes"), tmp_path / "tuned.safetensors"
+    night, empty = write_night(tmp_path / "night"), tmp_path / "empty"
+    empty.mkdir()
+    write_sound(tmp_path / "known" / "low" / "a.wav", 3.0, [])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.wav").write_bytes(b"no sound")
+    clips = tmp_path / "clips"
+    for label in TONES:
+        for i in range(4):
+            write_sound(clips / label / f"{label}{i}.wav", 3.0 + i / 100, [(label, 0.0, 2.5)])
+    for arguments, status, words in (
+        ((data, "--quiet", tmp_path / "none"), 1, "there is no such file or folder"),
+        ((data, "--quiet", empty), 1, "empty: holds no recordings"),
+        ((data, "--quiet", tmp_path / "known"), 1, "every recording is of a class of the model (low)"),
+        ((data, "--quiet", data / "audio"), 1, "14 recordings are among the labelled ones too, s00.wav, s01.wav"),
+        ((data, "--quiet", tmp_path / "broken"), 1, "none of the 1 quiet recordings can be heard"),
+        ((data, "--max-false-alarms", "5"), 2, "name them with --quiet"),
+        ((data, "--quiet", night, "--max-false-alarms", "-1"), 2, "max-false-alarms"),
+        ((data, "--max-delay", "-0.1"), 2, "max-delay"),
+        (("--from", badly_set, "--quiet", night), 2, "go with DATA"),
+        (("--from", badly_set, "--max-delay", "1"), 2, "go with DATA"),
+        ((clips, "--quiet", night), 1, "no events with times"),
+    ):
+        code, _, told = command("calibrate", badly_set, *arguments, "--out", out, model=None)
+        assert (code, words in " ".join(told)) == (status, True), (arguments, told)
+        assert not out.exists()
+
+
+def test_filters_that_wait_are_left_out(command, tmp_path):
+    data, out = write_scenes(tmp_path / "scenes"), tmp_path / "tuned.safetensors"
+    slow = DecodingConfig(0.5, per_class={"silent": {"median_seconds": 1.0, "min_gap": 0.2}})
+    model = write_checkpoint(tmp_path / "m.safetensors", tiny_config(labels=(*TONES, "silent"), decoding=slow))
+    code, _, told = command("calibrate", model, data, "--out", out, "--max-delay", "0.3", model=None)
+    assert code == 0
+    assert told == ["htsat: classes without events keep their filters, which wait for longer than 0.3 s: silent"]
+    for config in read_config(out).operating_points.values():
+        for label in TONES:
+            assert config.for_label(label).median_seconds / 2 + config.for_label(label).min_gap <= 0.3

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from htsat.backends import Backend
     from htsat.config import CheckpointConfig
     from htsat.data.clips import Clip, Corpus
-    from htsat.evaluation.calibrate import DecodingCalibration
+    from htsat.evaluation.calibrate import DecodingCalibration, FalseAlarms, QuietRecordings
     from htsat.evaluation.probabilities import ProbabilityCalibration
     from htsat.events import Event
     from htsat.predict import Prediction, Predictor
@@ -75,6 +77,30 @@ def calibrate(
     min_events: Annotated[
         int, typer.Option(min=1, help="Classes with fewer events keep the settings that all classes share.")
     ] = 5,
+    quiet: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of recordings without any of the model's classes, or a labelled corpus of other classes: "
+            "thresholds are raised until little is detected there. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    max_false_alarms: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="PER_HOUR", help="Of all classes together, on the --quiet recordings.", show_default="10"
+        ),
+    ] = None,
+    max_delay: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Only filters with which live detection waits at most so long for the end of an event.",
+            show_default="any",
+        ),
+    ] = None,
     no_probabilities: Annotated[
         bool, typer.Option("--no-probabilities", help="Leave the posteriors as they are; thresholds alone.")
     ] = False,
@@ -105,8 +131,12 @@ def calibrate(
     check_target(out)
     if (data is None) == (take_from is None):
         raise UsageError("give either DATA to tune on, or --from a checkpoint to take the settings of")
+    if max_false_alarms is not None and not quiet:
+        raise UsageError("--max-false-alarms is counted on recordings without events; name them with --quiet")
     if data is None:
         assert take_from is not None
+        if quiet or max_delay is not None:
+            raise UsageError("--quiet and --max-delay go with DATA; --from takes what was found over as it is")
         _take_over(model, take_from, out, cache_dir, endpoint, offline)
         return
     development, part = open_data(data, corpus, split, fold or [])
@@ -130,6 +160,11 @@ def calibrate(
         raise UsageError(f"these settings do not go together: {error}") from None
     predictor = Predictor(path, device=device, threads=threads, batch_size=batch_size, inference=inference)
     columns = match_labels(predictor.labels, development.labels, str(data))
+    if quiet and not _timed(development):
+        raise DataError(
+            f"{data}: has no events with times, so that there are no thresholds to raise; leave out --quiet"
+        )
+    silent = _quiet_clips(quiet or [], predictor.labels, development)
     seen = fingerprint(development)
     if seen in json.dumps({key: value for key, value in config.provenance.items() if key != "calibration"}):
         tell(f"{data}: the model was trained on this data; thresholds found on it expect too much of other recordings")
@@ -158,9 +193,14 @@ def calibrate(
                 clips, predictions, _ = _listen(predictor, clips, progress, "again, calibrated: ")
         decoding = None
         if _timed(development):
+            predictor._backend = recorder.backend
+            calm, unheard = _hear_quiet(predictor, silent, progress) if silent else (None, 0)
             decoding = _decoding(
-                metric, config, predictor, clips, predictions, before, min_precision, min_recall, min_events, progress
-            )
+                metric, config, predictor, clips, predictions, before, min_precision, min_recall, min_events,
+                calm, 10.0 if max_false_alarms is None else max_false_alarms,
+                math.inf if max_delay is None else max_delay, progress,
+            )  # fmt: skip
+            failed += unheard
             config = dataclasses.replace(
                 config, decoding=decoding.decoding, operating_points=dict(decoding.operating_points)
             )
@@ -174,6 +214,8 @@ def calibrate(
             "corpus": development.name, "part": part, "fingerprint": seen, "clips": len(clips),
             "model_sha256": identify(model, path, stored).sha256,
         },
+        "quiet": [place.name for place in quiet or []],
+        "max_delay": max_delay,
         "probabilities": {name: one.to_dict() for name, one in found.items()},
         "decoding": None if decoding is None else decoding.to_dict(),
     }  # fmt: skip
@@ -184,8 +226,11 @@ def calibrate(
     else:
         print(_table(config, figures, decoding, found), end="")
         print(f"\n{out}")
+    for words in _warnings(decoding, max_delay):
+        tell(words)
     if failed:
-        tell(f"{failed} of {failed + len(clips)} recordings could not be heard; the others were used")
+        count = len(development.clips) + len(silent)
+        tell(f"{failed} of {count} recordings could not be heard; the others were used")
         sys.exit(1)
 
 
@@ -224,14 +269,14 @@ class _Recorder:
     """Keeps what the network says, so that posteriors can be made of it again when they are calibrated."""
 
     def __init__(self, backend: "Backend") -> None:
-        self._backend, self._said, self._next = backend, [], -1  # type: ignore[var-annotated]
+        self.backend, self._said, self._next = backend, [], -1  # type: ignore[var-annotated]
 
     def __call__(self, chunks: Any) -> Any:
         """Run the network, or say again what it said to the same chunks."""
         if self._next >= 0:
             self._next += 1
             return self._said[self._next - 1]
-        self._said.append(self._backend(chunks))
+        self._said.append(self.backend(chunks))
         return self._said[-1]
 
     def replay(self) -> None:
@@ -266,6 +311,71 @@ def _listen(
             tell(str(error))
         progress.update(f"{words}{done}/{len(clips)} clips  {clip_name(clip)}", done / len(clips), every=500)
     return heard, predictions, len(clips) - len(heard)
+
+
+def _quiet_clips(places: list[Path], labels: list[str], development: "Corpus") -> "list[Clip]":
+    """Return the recordings of folders and corpora that hold none of the model's classes.
+
+    A folder that is no corpus gives all recordings below it; those in a folder named like a class are of that class.
+    """
+    from htsat.data.clips import Clip, is_recording, some
+    from htsat.data.corpora import recognise
+    from htsat.data.reading import MANIFEST
+
+    classes = {_plain(label): label for label in labels}
+    known = {(clip.path.resolve(), clip.index) for clip in development.clips}
+    found: dict[tuple[Path, int | None], Clip] = {}
+    for place in places:
+        if not place.exists():
+            raise DataError(f"{place}: there is no such file or folder; --quiet takes recordings without events")
+        clips: Sequence[Clip]
+        if place.is_file() and is_recording(place):
+            clips = [Clip(place, ())]
+        elif place.is_dir() and not (place / MANIFEST).is_file() and recognise(place) in (None, "folder"):
+            paths = sorted(path for path in place.rglob("*") if is_recording(path) and path.is_file())
+            clips = [Clip(path, path.relative_to(place).parts[:-1]) for path in paths]
+        else:
+            clips = open_data(place, None, "all", [])[0].clips
+        if not clips:
+            raise DataError(f"{place}: holds no recordings; --quiet takes recordings without events")
+        inside = [{classes[_plain(label)] for label in clip.labels if _plain(label) in classes} for clip in clips]
+        if left_out := sum(map(bool, inside)):
+            names = ", ".join(label for label in labels if any(label in those for those in inside))
+            if left_out == len(clips):
+                raise DataError(
+                    f"{place}: every recording is of a class of the model ({names}); --quiet takes recordings of others"
+                )
+            tell(f"{place}: {left_out} of {len(clips)} recordings are of classes of the model and left out: {names}")
+        kept = {(clip.path.resolve(), clip.index): clip for clip, those in zip(clips, inside, strict=True) if not those}
+        if shared := [clip.path.name for key, clip in kept.items() if key in known]:
+            raise DataError(
+                f"{place}: {len(shared)} recordings are among the labelled ones too, {some(shared)}; "
+                "a recording is either quiet or has events"
+            )
+        found |= kept
+    return list(found.values())
+
+
+def _plain(label: str) -> str:
+    """Return a label without what different tables write differently."""
+    return re.sub(r"[\W_]+", " ", label.casefold()).strip()
+
+
+def _hear_quiet(predictor: "Predictor", clips: "list[Clip]", progress: Progress) -> "tuple[QuietRecordings, int]":
+    """Return what the model says of quiet recordings, and how many of them cannot be heard."""
+    from htsat.data.clips import clip_name
+    from htsat.evaluation.calibrate import QuietRecordings
+
+    heard, predictions, failed = _listen(predictor, clips, progress, "quiet: ")
+    if not heard:
+        raise DataError(f"none of the {failed} quiet recordings can be heard; see the reasons above")
+    names = [clip_name(clip) for clip in heard]
+    calm = QuietRecordings(
+        {name: one.framewise_posteriors for name, one in zip(names, predictions, strict=True)},
+        {name: one.frame_boundaries for name, one in zip(names, predictions, strict=True)},
+        {name: clip.group or name for name, clip in zip(names, heard, strict=True)},
+    )
+    return calm, failed
 
 
 def _folds(clips: "Sequence[Clip]") -> "NDArray[np.intp]":
@@ -331,6 +441,9 @@ def _decoding(
     min_precision: float,
     min_recall: float,
     min_events: int,
+    quiet: "QuietRecordings | None",
+    max_false_alarms: float,
+    max_delay: float,
     progress: Progress,
 ) -> "DecodingCalibration":
     """Tune the decoding settings on clips with timed events; ``before`` is what the model found as it was."""
@@ -349,6 +462,9 @@ def _decoding(
         min_events=min_events,
         min_precision=min_precision,
         min_recall=min_recall,
+        quiet=quiet,
+        max_false_alarms=max_false_alarms,
+        max_delay=max_delay,
         on_progress=lambda done, count: progress.update(f"thresholds {done}/{count} classes", done / count),
     )
     scores = score(
@@ -412,4 +528,71 @@ def _table(
         lines.append(f"too few events for settings of their own: {', '.join(few)}")
     if any(one_class.unreachable for one_class in decoding.per_class.values()):
         lines.append("* the precision or recall asked for is not reached; the nearest is taken")
+    if decoding.false_alarms is not None:
+        lines += ["", *_alarm_lines(decoding, decoding.false_alarms)]
     return "\n".join(lines) + "\n"
+
+
+def _alarm_lines(decoding: "DecodingCalibration", alarms: "FalseAlarms") -> list[str]:
+    """Return what quiet recordings brought and cost."""
+    from htsat.formats import aligned
+
+    def rate(count: int) -> str:
+        return f"{alarms.per_hour(count):.1f}"
+
+    unseen = "" if alarms.cross_validated is None else f", {rate(alarms.cross_validated)} cross-validated"
+    lines = [
+        f"false alarms per hour on {alarms.recordings} quiet recordings, {60 * alarms.hours:.1f} minutes: "
+        f"{rate(alarms.before)} before thresholds were raised, {rate(alarms.after)} after{unseen}; "
+        f"limit {alarms.limit:g}",
+        ", ".join(f"{name} {rate(count)}" for name, count in alarms.points.items()),
+        f"{decoding.metric} macro F1: {alarms.macro_f1_before:.4f} before thresholds were raised, "
+        f"{decoding.macro_f1:.4f} after; cross-validated {alarms.cross_validated_macro_f1_before:.4f} and "
+        f"{decoding.cross_validated_macro_f1:.4f}",
+    ]
+    rows = [["label", "on before", "on", "per hour before", "per hour", "F1 before", "F1"]]
+    for label, one in alarms.per_class.items():
+        if one.before or one.threshold != one.threshold_before:
+            f1 = ["-" if value is None else f"{value:.3f}" for value in (one.f1_before, one.f1)]
+            on = [f"{one.threshold_before:.3g}", f"{one.threshold:.3g}"]
+            rows.append([label, *on, rate(one.before), rate(one.after), *f1])
+    return [*lines, aligned(rows).rstrip("\n")] if len(rows) > 1 else lines
+
+
+def _warnings(decoding: "DecodingCalibration | None", max_delay: float | None) -> list[str]:
+    """Return what a person must know before trusting the figures."""
+    if decoding is None:
+        return []
+    words = []
+    slow = [
+        label for label, one in decoding.per_class.items()
+        if one.level == "as before" and max_delay is not None
+        and (own := decoding.decoding.for_label(label)).median_seconds / 2 + own.min_gap > max_delay
+    ]  # fmt: skip
+    if slow:
+        words.append(f"classes without events keep their filters, which wait for longer than {max_delay:g} s: "
+                     + ", ".join(slow))  # fmt: skip
+    alarms = decoding.false_alarms
+    if alarms is None:
+        return words
+    minutes = 60 * alarms.hours
+    if not alarms.reached:
+        left = ", ".join(
+            f"{label} {alarms.per_hour(one.after):.1f}" + ("" if one.tuned else " (too few events to raise it)")
+            for label, one in alarms.per_class.items() if one.after
+        )  # fmt: skip
+        words.append(
+            f"the limit of {alarms.limit:g} false alarms per hour is not reached: "
+            f"{alarms.per_hour(alarms.after):.1f} are left: {left}"
+        )
+    if alarms.limit * alarms.hours < 3:
+        enough = (
+            "no length of recordings shows a rate of 0"
+            if not alarms.limit
+            else f"{180 / alarms.limit:.3g} minutes without a false alarm would show {alarms.limit:g} per hour"
+        )
+        words.append(
+            f"{minutes:.1f} minutes of quiet recordings tell little: one false alarm in them is {60 / minutes:.3g} per "
+            f"hour, and none means fewer than {180 / minutes:.3g} per hour (with 95 % confidence); {enough}"
+        )
+    return words

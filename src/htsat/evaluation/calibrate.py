@@ -11,6 +11,9 @@ gaps and durations around the best of those. What a small development set would 
   chosen on (cross-validation), by more than a standard error; perhaps its own threshold alone does. Classes with few
   events keep the shared ones.
 
+F1 on scenes full of events says little of hours without any. Where quiet recordings are given, in which whatever is
+detected is a false alarm, thresholds are then raised until few enough remain, in the classes where that costs least.
+
 The figures are given twice: on the recordings that the settings were chosen on, and cross-validated. Neither is a test.
 The search counts what ``htsat.metrics.detection`` counts, for all recordings at once.
 """
@@ -56,6 +59,10 @@ _DURATIONS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8)
 _ANCHORS = 6
 #: F1 that may be given up for plainer settings, at most
 _SLACK = 0.01
+#: detections that it takes to speak of their precision
+_FEW = 5
+#: thresholds above those of the search, for classes that must hardly ever raise a false alarm
+_STRICT = (0.99, 0.995, 0.999)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,88 @@ class ClassCalibration:
     unreachable: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class QuietRecordings:
+    """What a model says of recordings in which none of its classes sounds.
+
+    Attributes:
+        posteriors: file -> (num_frames, num_classes), calibrated if the model's are.
+        boundaries: file -> (num_frames + 1,) seconds.
+        groups: file -> what must not be on both sides of a cross-validation; None: each file is a group of its own.
+    """
+
+    posteriors: Mapping[str, Array]
+    boundaries: Mapping[str, Floats]
+    groups: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class ClassFalseAlarms:
+    """The false alarms of one class on quiet recordings, and what was done about them.
+
+    Attributes:
+        tuned: its threshold may be raised; one that is not kept its settings, since what that costs is not known.
+        threshold_before, threshold: of the balanced point.
+        before, after: how many false alarms there are.
+        f1_before, f1: on the recordings that the settings were chosen on; None if it was not tuned.
+    """
+
+    tuned: bool
+    threshold_before: float
+    threshold: float
+    before: int
+    after: int
+    f1_before: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class FalseAlarms:
+    """Thresholds raised for the sake of quiet recordings, and what that cost.
+
+    Attributes:
+        limit: false alarms per hour asked for.
+        hours, recordings: how much there was to be quiet in.
+        before, after: false alarms of all classes at the balanced point.
+        cross_validated: those of thresholds raised without the quiet recordings that they are counted on; None if
+            there is but one group of them.
+        macro_f1_before, cross_validated_macro_f1_before: of the balanced point, had nothing been raised.
+        points: operating point -> false alarms.
+        per_class: label -> its part.
+    """
+
+    limit: float
+    hours: float
+    recordings: int
+    before: int
+    after: int
+    cross_validated: int | None
+    macro_f1_before: float
+    cross_validated_macro_f1_before: float
+    points: Mapping[str, int]
+    per_class: Mapping[str, ClassFalseAlarms]
+
+    @property
+    def reached(self) -> bool:
+        """Whether no more false alarms are left than were asked for."""
+        return self.after <= self.limit * self.hours
+
+    def per_hour(self, count: int) -> float:
+        """Return a number of false alarms as a rate."""
+        return count / self.hours
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values, rates among them."""
+        held_out = self.cross_validated
+        return {
+            **asdict(self),
+            "reached": self.reached,
+            "per_hour_before": self.per_hour(self.before),
+            "per_hour": self.per_hour(self.after),
+            "cross_validated_per_hour": None if held_out is None else self.per_hour(held_out),
+        }
+
+
 @dataclass(frozen=True)
 class DecodingCalibration:
     """Settings found, and how good they are.
@@ -88,6 +177,7 @@ class DecodingCalibration:
         cross_validated_macro_f1: mean over the classes that were tuned.
         macro_f1_before: of the settings before, on the same posteriors.
         per_class: label -> what was found, for every class of the model.
+        false_alarms: what raising thresholds brought and cost; None without quiet recordings.
     """
 
     metric: Metric
@@ -96,6 +186,7 @@ class DecodingCalibration:
     cross_validated_macro_f1: float
     macro_f1_before: float
     per_class: Mapping[str, ClassCalibration]
+    false_alarms: FalseAlarms | None = None
 
     @property
     def decoding(self) -> DecodingConfig:
@@ -110,6 +201,7 @@ class DecodingCalibration:
             "macro_f1": self.macro_f1,
             "cross_validated_macro_f1": self.cross_validated_macro_f1,
             "per_class": {label: asdict(found) for label, found in self.per_class.items()},
+            "false_alarms": None if self.false_alarms is None else self.false_alarms.to_dict(),
         }
 
 
@@ -140,6 +232,9 @@ def calibrate_decoding(
     min_events: int = 5,
     min_precision: float = 0.9,
     min_recall: float = 0.9,
+    quiet: QuietRecordings | None = None,
+    max_false_alarms: float = 10.0,
+    max_delay: float = math.inf,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DecodingCalibration:
     """Choose thresholds, hysteresis, median filter, gaps and durations for each class; always the same ones.
@@ -157,17 +252,28 @@ def calibrate_decoding(
         min_events: classes with fewer keep the shared settings.
         min_precision: of ``high_precision``, which has the best recall that goes with it.
         min_recall: of ``high_recall``, which has the best precision that goes with it.
+        quiet: recordings without any of the classes. Thresholds of ``balanced`` are raised, hysteresis staying the same
+            part of them, until all classes together raise at most ``max_false_alarms`` per hour there:
+            every step is the one that costs the least F1 per false alarm that it removes. Classes that were not tuned
+            keep theirs. ``high_precision`` starts from these thresholds; ``high_recall`` is left as it is.
+        max_false_alarms: per hour of the quiet recordings.
+        max_delay: seconds that half of the median filter and the gap may take together, since live detection knows the
+            end of an event so much later; classes without any event keep their filters.
         on_progress: told how many classes are done, and of how many.
 
     Raises:
-        UsageError: unknown metric, or a precision or recall outside (0, 1].
-        DataError: fewer than two groups of recordings, or no class with enough events.
+        UsageError: unknown metric, a precision or recall outside (0, 1], or a negative rate or delay.
+        DataError: fewer than two groups of recordings, no class with enough events, or quiet recordings without any
+            length.
     """
     if metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}{nearest(metric, METRICS)}; known: {', '.join(METRICS)}")
     for name, least in (("min_precision", min_precision), ("min_recall", min_recall)):
         if not 0 < least <= 1:
             raise UsageError(f"{name} must be above 0 and at most 1, got {least:g}")
+    for name, most in (("max_false_alarms", max_false_alarms), ("max_delay", max_delay)):
+        if not most >= 0:
+            raise UsageError(f"{name} must be 0 or more, got {most:g}")
     before = before or DecodingConfig()
     recordings = _Recordings(posteriors, boundaries, reference, groups, folds)
     events = dict.fromkeys(labels, 0)
@@ -184,7 +290,7 @@ def calibrate_decoding(
     for done, label in enumerate(tuned):
         if on_progress is not None:
             on_progress(done, len(tuned))
-        searches[label] = _Search(recordings, metric, label, list(labels).index(label))
+        searches[label] = _Search(recordings, metric, label, list(labels).index(label), max_delay)
     everything = np.arange(recordings.num_folds)
     left_out = [np.delete(everything, k) for k in everything]
     shared = _shared(searches, everything)
@@ -192,23 +298,38 @@ def calibrate_decoding(
 
     rules: dict[str, Rule] = {}
     levels: dict[str, Level] = {}
-    validated: dict[str, float] = {}
+    # The same choice without each group of recordings: what it is scored on was not known to it.
+    held_out: dict[str, list[Rule]] = {}
     for label, search in searches.items():
         # From plain to own: the next one must be better, clearly, on recordings that it was not chosen on.
         threshold = [search.own_threshold(p, s) for p, s in zip(left_out, shared_without, strict=True)]
         settings = [search.own_settings(part) for part in left_out]
-        choices: dict[Level, tuple[Rule, Counts]] = {
-            "shared settings": (shared, search.unseen(shared_without)),
-            "own threshold": (search.own_threshold(everything, shared), search.unseen(threshold)),
-            "own settings": (search.own_settings(everything), search.unseen(settings)),
+        choices: dict[Level, tuple[Rule, list[Rule]]] = {
+            "shared settings": (shared, shared_without),
+            "own threshold": (search.own_threshold(everything, shared), threshold),
+            "own settings": (search.own_settings(everything), settings),
         }
         level: Level = "shared settings"
-        for name, (_, counts) in choices.items():
-            gain, error = search.gain(counts, choices[level][1], everything)
+        for name, (_, chosen) in choices.items():
+            gain, error = search.gain(search.unseen(chosen), search.unseen(choices[level][1]), everything)
             if gain > error:
                 level = name
-        levels[label], rules[label] = level, choices[level][0]
-        validated[label] = float(search.f1(choices[level][1], everything))
+        levels[label] = level
+        rules[label], held_out[label] = choices[level]
+
+    kept = {label: before.for_label(label) for label in labels if not events[label]}
+    as_found, as_found_without, unraised = rules, held_out, _config(shared, rules, kept)
+    alarms = None
+    if quiet is not None:
+        alarms = _Alarms(quiet, labels, recordings.num_folds, max_false_alarms)
+        untuned = sum(alarms.count(label, _rule(unraised, label)) for label in labels if label not in searches)
+        rules = alarms.raised(searches, as_found, untuned, everything)
+        without = [
+            alarms.raised(searches, {label: own[k] for label, own in as_found_without.items()}, untuned, part)
+            for k, part in enumerate(left_out)
+        ]
+        held_out = {label: [own[label] for own in without] for label in searches}
+    validated = {label: search.unseen_f1(held_out[label]) for label, search in searches.items()}
 
     found = {"balanced": (shared, rules)}
     unreachable: dict[str, list[str]] = {label: [] for label in labels}
@@ -216,12 +337,11 @@ def calibrate_decoding(
         precise = name == "high_precision"
         common, _ = _operating_point(list(searches.values()), shared, least, precise, own=False)
         moved = {}
-        for label, rule in rules.items():
+        for label, rule in (rules if precise else as_found).items():
             moved[label], reached = _operating_point([searches[label]], rule, least, precise, own=True)
             if not reached:
                 unreachable[label].append(name)
         found[name] = (common, moved)
-    kept = {label: before.for_label(label) for label in labels if not events[label]}
     points = {name: _config(*found[name], kept) for name in POINTS}
     scores = {name: recordings.scores(metric, labels, config) for name, config in points.items()}
     return DecodingCalibration(
@@ -240,7 +360,24 @@ def calibrate_decoding(
             )
             for label in labels
         },
+        false_alarms=None
+        if alarms is None
+        else alarms.report(
+            unraised,
+            points,
+            recordings.scores(metric, labels, unraised),
+            scores["balanced"],
+            math.fsum(search.unseen_f1(as_found_without[label]) for label, search in searches.items()) / len(searches),
+            held_out,
+        ),
     )
+
+
+def _rule(config: DecodingConfig, label: str) -> Rule:
+    """Return what holds for a class."""
+    own = config.for_label(label)
+    off = own.threshold if own.threshold_off is None else own.threshold_off
+    return own.threshold, off, own.median_seconds, own.min_gap, own.min_duration
 
 
 def _config(shared: Rule, rules: Mapping[str, Rule], kept: Mapping[str, ClassDecoding]) -> DecodingConfig:
@@ -425,14 +562,19 @@ class _Search:
 
     Attributes:
         thresholds: those tried, increasing; ``fixed`` says which are tried for every class.
+        medians: those tried, increasing; none delays the end of an event by more than ``max_delay``.
         counts: (num_medians, num_ratios, num_thresholds, num_folds, 2), without gaps and durations.
     """
 
-    def __init__(self, recordings: _Recordings, metric: Metric, label: str, column: int) -> None:
+    def __init__(
+        self, recordings: _Recordings, metric: Metric, label: str, column: int, max_delay: float = math.inf
+    ) -> None:
         self._truth = _Truth(recordings, metric, label)
         self.wanted = self._truth.wanted
         frame_seconds = recordings.frame_seconds
+        self._max_delay = max_delay + 1e-6
         lengths = sorted({median_frames(seconds, frame_seconds) for seconds in _MEDIANS})
+        lengths = [length for length in lengths if length == 1 or length * frame_seconds / 2 <= self._max_delay]
         self.medians = [0.0 if length == 1 else round(length * frame_seconds, 6) for length in lengths]
         self._lengths = lengths
         half = lengths[-1] // 2 + 1
@@ -535,10 +677,15 @@ class _Search:
         for rule in anchors.values():
             # What a step of the threshold costs is known without gaps and durations; the same is taken off with them.
             lost = rules[rule] - self.counts_of(rule)
-            for gap, duration in itertools.product(_GAPS, _DURATIONS):
+            for gap, duration in self.joins(rule[2]):
                 changed = (*rule[:3], gap, duration)
                 rules[changed] = np.maximum(self.count(changed) + lost, 0)
         return self._plainest(rules, folds)
+
+    def joins(self, median: float) -> list[tuple[float, float]]:
+        """Return the gaps and durations to try with a median filter."""
+        gaps = [gap for gap in _GAPS if not gap or median / 2 + gap <= self._max_delay]
+        return list(itertools.product(gaps, _DURATIONS))
 
     def counts_of(self, rule: Rule) -> Counts:
         """Return the counts of settings without gaps and durations."""
@@ -550,15 +697,23 @@ class _Search:
         counts = smoothed(np.stack([self.count(rule) for rule in rules]), axis=0)
         return rules[int(np.argmax(self.f1(counts, folds)))]
 
-    def moved(self, rule: Rule, fixed: bool = False) -> list[Rule]:
+    def moved(self, rule: Rule, fixed: bool = False, more: Sequence[float] = ()) -> list[Rule]:
         """Return the settings with every other threshold, by threshold; hysteresis stays the same part of it."""
         ratio = rule[1] / rule[0]
-        thresholds = (self.thresholds[self.fixed] if fixed else self.thresholds).tolist()
+        thresholds = sorted({*(self.thresholds[self.fixed] if fixed else self.thresholds).tolist(), *more})
         return [(t, float(f"{t * ratio:.4g}") if ratio < 1 else t, *rule[2:]) for t in thresholds]
+
+    def stricter(self, rule: Rule) -> list[Rule]:
+        """Return the settings and those with higher thresholds, by threshold; hysteresis stays the same part of it."""
+        return [rule, *(moved for moved in self.moved(rule, more=_STRICT) if moved[0] > rule[0])]
 
     def unseen(self, rules: Sequence[Rule]) -> Counts:
         """Return the counts of ``rules[k]`` in group ``k`` of the recordings, (num_folds, 2)."""
         return np.stack([self.count(rule)[k] for k, rule in enumerate(rules)])
+
+    def unseen_f1(self, rules: Sequence[Rule]) -> float:
+        """Return the F1 of ``rules[k]`` in group ``k`` of the recordings, counted together."""
+        return float(self.f1(self.unseen(rules), np.arange(len(self.wanted))))
 
     def gain(self, counts: Counts, base: Counts, folds: NDArray[np.intp]) -> tuple[Floats, Floats]:
         """Return how much more F1 counts are than others, and its standard error: a jackknife over the groups."""
@@ -595,7 +750,7 @@ def _shared(searches: Mapping[str, _Search], folds: NDArray[np.intp]) -> Rule:
     m, r, t = np.unravel_index(int(np.argmax(means)), means.shape)
     anchor = every[0].rule(int(m), int(r), int(np.flatnonzero(every[0].fixed)[t]))
     best, found = -1.0, anchor
-    for gap, duration in itertools.product(_GAPS, _DURATIONS):
+    for gap, duration in every[0].joins(anchor[2]):
         rule = (*anchor[:3], gap, duration)
         value = float(np.mean([s.f1(s.count(rule), folds) for s in every]))
         if value > best + 1e-9:
@@ -608,19 +763,133 @@ def _operating_point(
 ) -> tuple[Rule, bool]:
     """Return the settings with the threshold moved until precision (or recall) is reached, and whether it is.
 
-    Means over the classes. Of those that reach it the one with the best recall (or precision), else the nearest.
+    Means over the classes. Of those that reach it the one with the best recall (or precision), else the nearest. What
+    is hardly ever detected has no precision that is known: such settings are the last choice.
     """
     rules = [moved for moved in [rule, *searches[0].moved(rule, fixed=not own)]
              if (moved[0] >= rule[0] if precise else moved[0] <= rule[0])]  # fmt: skip
     ranks = []
     for moved in rules:
-        precisions, recalls = [], []
+        precisions, recalls, detected = [], [], 0
         for search in searches:
             hits, wrong = search.count(moved).sum(axis=0)
+            detected += hits + wrong
             precisions.append(hits / max(hits + wrong, 1))
             recalls.append(hits / max(search.wanted.sum(), 1))
         held, other = (np.mean(precisions), np.mean(recalls))[:: 1 if precise else -1]
         # To the threshold that changes least where several are the same.
-        ranks.append((held >= least, other if held >= least else held, other, -abs(moved[0] - rule[0])))
+        reached = held >= least
+        known = not precise or detected >= _FEW
+        ranks.append((known, reached, other if reached else held, other, -abs(moved[0] - rule[0])))
     best = max(range(len(rules)), key=lambda i: ranks[i])
-    return rules[best], bool(ranks[best][0])
+    return rules[best], all(ranks[best][:2])
+
+
+# ------------------------------------------------------------------ what quiet recordings ask for
+
+
+class _Alarms:
+    """Counts what is detected in quiet recordings, and raises thresholds until that is little enough."""
+
+    def __init__(self, quiet: QuietRecordings, labels: Sequence[str], num_folds: int, limit: float) -> None:
+        self._names = sorted(quiet.posteriors)
+        keys = [name if quiet.groups is None else quiet.groups.get(name, name) for name in self._names]
+        self._folds, self._several = fold_numbers(keys, num_folds), len(set(keys)) > 1
+        self._quiet, self._labels, self._limit = quiet, list(labels), limit
+        seconds = [float(quiet.boundaries[name][-1]) for name in self._names]
+        self._hours = np.bincount(self._folds, weights=seconds, minlength=num_folds) / 3600
+        if not self._hours.sum() > 0:
+            raise DataError("there is no sound in the quiet recordings; give some in which false alarms can be counted")
+        shape = (len(self._names), len(self._labels))
+        self._peaks = np.reshape([quiet.posteriors[name].max(axis=0, initial=0) for name in self._names], shape)
+        self._counted: dict[tuple[str, Rule], Floats] = {}
+
+    def count(self, label: str, rule: Rule) -> Floats:
+        """Return how many events of a class there are in each group of the recordings, (num_folds,)."""
+        if (label, rule) not in self._counted:
+            column = self._labels.index(label)
+            threshold, off, median, gap, duration = rule
+            config = DecodingConfig(threshold, off, median, duration, gap)
+            counts = np.zeros(len(self._hours))
+            for i in np.flatnonzero(self._peaks[:, column] >= threshold).tolist():
+                posteriors = self._quiet.posteriors[self._names[i]][:, column : column + 1]
+                found = decode_events(posteriors, self._quiet.boundaries[self._names[i]], [label], config)
+                counts[self._folds[i]] += len(found)
+            self._counted[label, rule] = counts
+        return self._counted[label, rule]
+
+    def raised(
+        self, searches: Mapping[str, _Search], rules: Mapping[str, Rule], untuned: Floats | int, folds: NDArray[np.intp]
+    ) -> dict[str, Rule]:
+        """Return the settings with thresholds raised until few enough false alarms are left, or none can be removed.
+
+        Args:
+            searches: those of the classes that may be raised.
+            rules: their settings so far.
+            untuned: (num_folds,) false alarms of the other classes, which stay.
+            folds: groups, of labelled and of quiet recordings, that are looked at.
+        """
+        ladders = {label: searches[label].stricter(rule) for label, rule in sorted(rules.items())}
+        counts = {n: np.array([self.count(n, rule)[folds].sum() for rule in ladder]) for n, ladder in ladders.items()}
+        f1 = {n: searches[n].f1(np.stack([searches[n].count(r) for r in rs]), folds) for n, rs in ladders.items()}
+        place = dict.fromkeys(ladders, 0)
+        allowed = self._limit * self._hours[folds].sum() - np.broadcast_to(untuned, self._hours.shape)[folds].sum()
+        while (excess := sum(counts[label][i] for label, i in place.items()) - allowed) > 1e-9:
+            steps = []
+            for label, i in place.items():
+                removed = counts[label][i] - counts[label][i + 1 :]
+                lost = np.maximum(f1[label][i] - f1[label][i + 1 :], 0)
+                # More than what is too many is of no use.
+                useful = np.minimum(removed, math.ceil(excess - 1e-9))
+                steps += [
+                    (lost[j] / useful[j], -useful[j], j, label, i + 1 + j) for j in np.flatnonzero(removed > 0).tolist()
+                ]
+            if not steps:
+                break
+            *_, label, target = min(steps)
+            place[label] = target
+        return {label: ladders[label][i] for label, i in place.items()}
+
+    def report(
+        self,
+        unraised: DecodingConfig,
+        points: Mapping[str, DecodingConfig],
+        scores_before: DetectionScores,
+        scores: DetectionScores,
+        cross_validated_before: float,
+        held_out: Mapping[str, Sequence[Rule]],
+    ) -> FalseAlarms:
+        """Return what was counted.
+
+        Args:
+            unraised: settings of the balanced point before thresholds were raised.
+            points: all points after that.
+            scores_before: of the balanced point, on the recordings that it was chosen on.
+            scores: the same after that.
+            cross_validated_before: macro F1, had nothing been raised.
+            held_out: label -> the settings raised without group ``k`` of the recordings.
+        """
+        per_class, unknown = {}, 0.0
+        for label in self._labels:
+            old, new = (_rule(config, label) for config in (unraised, points["balanced"]))
+            tuned = label in held_out
+            per_class[label] = ClassFalseAlarms(
+                tuned, old[0], new[0], int(self.count(label, old).sum()), int(self.count(label, new).sum()),
+                scores_before.per_class[label].f1 if tuned else None, scores.per_class[label].f1 if tuned else None,
+            )  # fmt: skip
+            unknown += sum(self.count(label, r)[k] for k, r in enumerate(held_out.get(label, [new] * len(self._hours))))
+        return FalseAlarms(
+            limit=self._limit,
+            hours=float(self._hours.sum()),
+            recordings=len(self._names),
+            before=sum(one.before for one in per_class.values()),
+            after=sum(one.after for one in per_class.values()),
+            cross_validated=int(unknown) if self._several else None,
+            macro_f1_before=scores_before.macro_f1,
+            cross_validated_macro_f1_before=cross_validated_before,
+            points={
+                name: sum(int(self.count(label, _rule(config, label)).sum()) for label in self._labels)
+                for name, config in points.items()
+            },
+            per_class=per_class,
+        )

@@ -27,8 +27,9 @@ from htsat.config import CheckpointConfig, DecodingConfig
 from htsat.data.corpora import open_corpus
 from htsat.data.reading import ClipReader
 from htsat.detection.decoder import decode_events
+from htsat.hearing import centred, frame_boundaries, frame_posteriors, heard_chunks
 from htsat.metrics.detection import event_based, intersection_based
-from htsat.predict import Predictor, centred, frame_boundaries, frame_posteriors, heard_chunks
+from htsat.predict import Predictor
 
 Array = NDArray[np.float32]
 SHIFTS = 8

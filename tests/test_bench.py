@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import htsat.apps.bench.run
 import htsat.apps.bench.speed
 import htsat.model.export
-from htsat.apps.bench import candidates, files, measure, report, training
+from htsat.apps.bench import candidates, files, front, hardware, measure, report, training
 from htsat.apps.bench.baselines import size
 from htsat.apps.bench.candidates import Candidate, choose, lacking, split
 from htsat.apps.bench.measure import BenchError, Sample, Times, Work, apart, doubt, processes, take_turns
@@ -27,7 +27,9 @@ from htsat.apps.bench.plain import plain_port_of, unlike
 from htsat.apps.bench.run import Settings, run
 from htsat.apps.bench.speed import SpeedJob, Trial, measure_speed, usual_rounds
 from htsat.apps.bench.subjects import FULL, Sources, batch_of, difference, prepare, randomised
+from htsat.audio.mel import log_mel
 from htsat.backends import installed
+from htsat.config import FrontendConfig
 from htsat.errors import ConfigError, UsageError
 from htsat.model.hub import bundled_export, resolve
 
@@ -163,7 +165,7 @@ def test_wrong_settings(command, tmp_path):
         (("--what", "sped"), r"unknown measurement 'sped'; expected speed, .*; did you mean 'speed'?"),
         (("--batch", "1,x"), r"--batch 1,x: expected numbers with commas between them, such as 1,8"),
         (("--batch", "0"), r"batches must be numbers from 1 to 1024"),
-        (("--what", ","), r"nothing is to be measured; expected some of speed, training, startup, decode"),
+        (("--what", ","), r"nothing is to be measured; expected some of speed, front, training, startup, decode"),
         (("--model", "defualt"), r"unknown model 'defualt'; did you mean 'default'"),
     ):
         code, out, err = command("bench", *arguments, model=None)
@@ -178,7 +180,7 @@ def test_absent_packages_are_told(monkeypatch):
         Candidate(kind, kind, FULL) for kind in ("plain", "torch", "openvino", "ast", "torch-bf16")
     )
     absent: set[str] = set()
-    monkeypatch.setattr(candidates, "is_installed", lambda package: package not in absent)
+    monkeypatch.setattr(candidates, "has_package", lambda package: package not in absent)
     monkeypatch.setattr(candidates, "has_bfloat16", lambda: True)
     assert [lacking(c, True, False) for c in (plain, torched, exported, ast, half)] == [None] * 5
     absent.add("transformers")
@@ -395,10 +397,11 @@ def test_a_whole_run(command, tmp_path, monkeypatch):
     monkeypatch.setattr(htsat.apps.bench.run, "apart", lambda name, function, *arguments: function(*arguments))
     absent = lambda candidate, *_: "not here" if candidate.kind == "ast" else None  # noqa: E731
     monkeypatch.setattr(htsat.apps.bench.run, "lacking", absent)
+    monkeypatch.setattr(hardware, "SHAPES", {"small": (64, 64, 64)})
     path = tmp_path / "figures.json"
     code, out, err = command(
-        "bench", "--only", "plain,onnxruntime,ast", "--rounds", 2, "--batch", "2,1", "--threads", 1, "--json", path,
-        model="default",
+        "bench", "--what", "speed", "--only", "plain,onnxruntime,ast", "--rounds", 2, "--batch", "2,1", "--threads", 1,
+        "--json", path, model="default",
     )  # fmt: skip
     assert code == 0, err
     assert err[0].startswith("htsat: warning: other programs use 50% of the processors now")
@@ -411,11 +414,25 @@ def test_a_whole_run(command, tmp_path, monkeypatch):
     for row in rows:
         assert 0 < row["min_ms"] <= row["median_ms"] and row["clipwise_difference"] < 1e-4
         assert min(row["samples_ms"]) == row["min_ms"]
-    assert [n["network"] for n in result["speed"]["networks"]] == ["htsat, default"]
+    (network,) = result["speed"]["networks"]
+    rate = result["speed"]["matrix_rates"][0]
+    assert network["network"] == "htsat, default" and rate["precision"] == "float32"
+    assert network["floor_ms"]["float32"] == pytest.approx(1000 * network["flops"] / rate["best"])
+    for row in rows:
+        assert row["matrix_share"] == pytest.approx(network["floor_ms"]["float32"] / row["median_ms"])
+    assert f"{rate['best'] / 1e9:.0f} GFLOP/s in float32" in out
     unlike_plain = "it is the published network written plainly, and this model has another head"
     assert result["left_out"] == {"plain": unlike_plain, "ast": "not here"}
     assert "htsat: ast is left out: not here" in err and "left out: ast: not here" in out
     assert "| onnxruntime |     1 |" in out and f"torch {torch.__version__}" in out
+
+
+FOOTER = {
+    "machine": {"processor": "X", "cores": 2, "instructions": [], "threads": 2, "date": "D", "versions": {}},
+    "left_out": {},
+    "failed": {"ast": "ast: broke"},
+    "load": {"before": [1.0, 2.0, 3.0], "after": [0.5, 0.5, 0.5], "share_of_others": 0.03, "trusted": True},
+}
 
 
 def test_tables():
@@ -425,13 +442,10 @@ def test_tables():
         for name, batch, ms in (("torch", 8, 50.0), ("ast", 2, 1000.0))
     ]  # fmt: skip
     result = {
-        "machine": {"processor": "X", "cores": 2, "instructions": [], "threads": 2, "date": "D", "versions": {}},
         "training": {"unit": "10-s clip", "rows": rows},
         "startup": [{"command": "htsat --help", "rounds": 5, "median_s": 0.123, "min_s": 0.1}],
         "decode": [{"format": "wav", "rounds": 5, "median_s": 0.06, "min_s": 0.05, "times_real_time": 1000.0}],
-        "left_out": {},
-        "failed": {"ast": "ast: broke"},
-        "load": {"before": [1.0, 2.0, 3.0], "after": [0.5, 0.5, 0.5], "share_of_others": 0.03, "trusted": True},
+        **FOOTER,
     }  # fmt: skip
     lines = report.text(result).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -439,6 +453,82 @@ def test_tables():
     assert ["htsat --help", "0.12", "0.10", "5"] in cells and ["wav", "1000", "60.0", "50.0", "5"] in cells
     assert "share of the processors that other programs used meanwhile: 3%" in lines and "failed: ast: broke" in lines
     assert {len(line) for line in lines[2:6]} == {len(lines[2])}  # of one table
+
+
+# ------------------------------------------------------------------ the hardware's limit, and the front end
+
+
+def test_rates_of_matrix_products(monkeypatch):
+    """Two ways to compute a product of 2000 operations, of 1, 2 and 4 microseconds, and of 3, 3 and 0.5."""
+    seconds = {"product": iter([9e-6, 1e-6, 2e-6, 4e-6]), "layer": iter([9e-6, 3e-6, 3e-6, 0.5e-6])}
+    order = iter(["product", "layer"] * 4)
+    monkeypatch.setattr(hardware, "SHAPES", {"x": (10, 10, 10)})
+    monkeypatch.setattr(hardware, "_seconds", lambda call: next(seconds[next(order)]))
+    (rate,) = hardware.measure_rates(torch.get_num_threads(), ["float32"], rounds=3)
+    # Medians of the rates: 2000 / 2 us and 2000 / 3 us; best of all: 2000 / 0.5 us.
+    assert rate == hardware.MatrixRate("float32", pytest.approx(4e9), (
+        hardware.ShapeRate("x", pytest.approx(1e9), pytest.approx(4e9)),))  # fmt: skip
+
+
+def test_the_better_of_two_measurements():
+    slow, fast = hardware.MatrixRate("float32", 1.0, ()), hardware.MatrixRate("float32", 2.0, ())
+    assert hardware.faster([slow, fast], [fast, slow]) == [fast, fast] and hardware.faster([], []) == []
+
+
+def test_no_rate_beats_the_processor():
+    rates = hardware.measure_rates(torch.get_num_threads(), ["float32", "bfloat16"], rounds=1)
+    assert [rate.precision for rate in rates] == ["float32", "bfloat16"]
+    for rate in rates:
+        assert [found.shape for found in rate.shapes] == list(hardware.SHAPES)
+        assert 0 < rate.shapes[0].median <= rate.shapes[0].best <= rate.best < 1e15
+
+
+@pytest.mark.parametrize("way", front.WAYS)
+def test_every_front_end_says_the_same(way, tmp_path):
+    if way == "openvino" and not installed(way):
+        pytest.skip(f"{way} is not installed")
+    config, path = FrontendConfig(), tmp_path / "front.onnx"
+    if way in ("onnxruntime", "openvino"):
+        front.write_graph(config, 8000, path)
+    answer = front.FrontJob(way, config, 8000, torch.get_num_threads(), path).start()
+    waveform = (0.1 * np.random.default_rng(0).standard_normal((1, 8000))).astype(np.float32)
+    np.testing.assert_allclose(answer("said")[0], log_mel(waveform[0], config), atol=1e-3)
+    assert answer("time").wall > 0
+
+
+def test_front_ends_of_known_times(monkeypatch):
+    monkeypatch.setattr(front, "processes", here)
+    times = {"torch": [9.0, 0.001, 0.003, 0.002], "openvino": [9.0, 0.004, 0.004, 0.005]}
+
+    @dataclasses.dataclass(frozen=True)
+    class Timed:
+        name: str
+
+        def start(self):
+            left = iter(times[self.name])
+            return lambda request: Sample(seconds := next(left), 2 * seconds, 0)
+
+    rows = front.measure_front([Timed("torch"), Timed("openvino")], 3, nothing, nothing)
+    assert rows == [
+        front.FrontRow("torch", 3, pytest.approx(2.0), pytest.approx(1.0), pytest.approx(2.0)),
+        front.FrontRow("openvino", 3, pytest.approx(4.0), pytest.approx(4.0), pytest.approx(8.0)),
+    ]
+    table = report.text(
+        {"front": {"unit": "10-s clip", "rows": [dataclasses.asdict(row) for row in rows]}} | FOOTER
+    ).splitlines()
+    assert "| torch     |      2.00 |   1.00 |         2.00 |      3 |" in table
+
+
+def test_ways_that_cannot_be_measured(monkeypatch):
+    monkeypatch.setattr(htsat.apps.bench.run, "has_package", lambda package: package not in ("openvino", "onnx"))
+    monkeypatch.setattr(front, "processes", here)
+    notes = []
+    result = run(Settings(("front",), (), (1,), torch.get_num_threads(), 1), nothing, notes.append)
+    assert [row["way"] for row in result["front"]["rows"]] == ["convolution", "torch"]
+    assert notes == [
+        "front end, onnxruntime is left out: export needs other packages: pip install 'htsat[export]'",
+        "front end, openvino is left out: openvino is not installed: pip install 'htsat[openvino]'",
+    ]
 
 
 # ------------------------------------------------------------------ training, start, reading

@@ -29,11 +29,11 @@ from htsat.evaluation.listen import (
 from htsat.evaluation.report import html, link, table, to_json
 from htsat.evaluation.scores import _Resampled, match_labels, reference_matrix, score_detection, score_tagging
 from htsat.events import Event
+from htsat.hearing import to_posteriors
 from htsat.metrics import tagging
 from htsat.metrics.detection import event_based, intersection_based, segment_based
 from htsat.metrics.frames import frame_scores
 from htsat.metrics.psds import PSDS1, PSDS2, psds_from_scores
-from htsat.predict import to_posteriors
 
 
 def cases(count, seed=0):

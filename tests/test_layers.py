@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "htsat"
 #: it is given, with the mel filters of ``audio``, and knows no network.
 ORDER = (
     "errors", "files", "fetch", "config", "labels", "events", "grid", "formats", "audio", "plot", "model", "detection",
-    "metrics", "backends", "predict", "live", "client", "data", "evaluation", "training", "apps", "commands", "cli",
+    "metrics", "backends", "hearing", "live", "predict", "client", "data", "evaluation", "training", "apps",
+    "commands", "cli",
 )  # fmt: skip
 #: the lazy front door, and the command's other name
 DOORS = ("__init__", "__main__")

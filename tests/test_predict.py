@@ -19,7 +19,8 @@ from htsat.audio.resample import resample
 from htsat.config import DecodingConfig, InferenceConfig
 from htsat.errors import AudioError, UsageError
 from htsat.formats import read_events
-from htsat.predict import Predictor, sigmoid, softmax
+from htsat.hearing import sigmoid, softmax
+from htsat.predict import Predictor
 
 EVENTS = {
     1: [("low", 0.35, 0.9)],

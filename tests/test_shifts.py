@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from conftest import RATE, TOKEN, tiny_config, write_checkpoint, write_sound
 
-import htsat.predict
+import htsat.hearing
 from htsat import Predictor
 from htsat.audio.chunk import Stitcher, chunk_stream, num_tokens, token_sample
 from htsat.config import CheckpointConfig, InferenceConfig, from_dict
 from htsat.errors import ConfigError, UsageError
 from htsat.evaluation.listen import Listening, waveform_posteriors
-from htsat.predict import centred, heard_chunks, sigmoid
+from htsat.hearing import centred, heard_chunks, sigmoid
 
 #: tokens of a chunk of ``tiny_config``
 TOKENS = 32
@@ -148,7 +148,7 @@ def test_chunks_refuse_shifts_below_a_sample():
 @pytest.mark.parametrize("shifts", range(1, 10))
 @pytest.mark.parametrize("missing", [0, 3])
 def test_a_frame_gets_the_tokens_with_the_nearest_middles(monkeypatch, shifts, missing):
-    monkeypatch.setattr(htsat.predict, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(htsat.hearing, "_ROWS_AT_ONCE", 7)
     frames = 40
     rows = np.random.default_rng(shifts).random((frames + max(0, shifts // 2 - missing), 2)).astype(np.float32)
     middles = np.arange(len(rows)) - (shifts - 1) + shifts / 2

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from htsat.config import CheckpointConfig
 from htsat.errors import UsageError
 from htsat.model.checkpoint import read_config
-from htsat.model.exported import SUFFIX, OnnxBackend, OpenVinoBackend, read_exported
+from htsat.model.exported import SUFFIX, OnnxBackend, OpenVinoBackend, read_exported, short_of_memory
 from htsat.model.hub import bundled_export, resolve
 
 if TYPE_CHECKING:
@@ -28,9 +30,18 @@ Array = NDArray[np.float32]
 BackendName = Literal["auto", "torch", "compiled", "onnxruntime", "openvino"]
 Precision = Literal["float32", "bfloat16"]
 
-#: packages of each, and how to get them
+#: package of each
 _PACKAGES = {"torch": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
-_EXTRAS = {"torch": "'htsat[torch]'", "onnxruntime": "onnxruntime", "openvino": "'htsat[openvino]'"}
+#: packages that not everyone has, and what to tell pip to get them
+REMEDIES = {
+    "torch": "'htsat[torch]'",
+    "safetensors": "'htsat[torch]'",
+    "onnx": "'htsat[export]'",
+    "onnxscript": "'htsat[export]'",
+    "onnxruntime": "onnxruntime",
+    "openvino": "'htsat[openvino]'",
+    "transformers": "'htsat[bench]'",
+}
 #: bytes of an exported file from which on OpenVINO's longer start is worth its speed
 _LARGE = 32_000_000
 
@@ -43,6 +54,50 @@ class Backend(Protocol):
 
         Shapes: (batch, num_classes), (batch, num_tokens, num_classes) and (batch, width).
         """
+
+
+class SparingBackend:
+    """Runs another backend, on fewer chunks at once where there is too little memory for all of them.
+
+    Args:
+        backend: that runs the network.
+        on_note: told, once, in a line.
+    """
+
+    def __init__(self, backend: Backend, on_note: Callable[[str], None] | None = None) -> None:
+        self.backend, self._on_note = backend, on_note
+        self._most: int | None = None  # chunks at once that memory holds; None: there was always enough
+        self._lock = threading.Lock()
+
+    def __call__(self, chunks: Array) -> tuple[Array, Array, Array]:
+        """Map chunks to clip logits, frame logits and embeddings; see ``Backend``.
+
+        Raises:
+            MemoryError: there is too little for a single chunk.
+        """
+        while True:
+            size = min(len(chunks), self._most or len(chunks))
+            reason = ""
+            try:
+                parts = [self.backend(chunks[start : start + size]) for start in range(0, len(chunks), size)]
+                clip, frame, embedding = (np.concatenate(part) for part in zip(*parts, strict=True))
+                return clip, frame, embedding
+            except Exception as error:  # those of ONNX Runtime have no common class
+                if not short_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # Out here the error, and with it what its frames hold, is gone.
+            if size == 1:
+                raise MemoryError(f"no memory for a batch of 1: {reason}")
+            self._spare(size)
+
+    def _spare(self, size: int) -> None:
+        """Run half as many at once from here on."""
+        with self._lock:
+            first = self._most is None
+            self._most = min(self._most or size, max(1, size // 2))
+        if first and self._on_note is not None:
+            self._on_note(f"too little memory for {size} chunks at once, so fewer are heard at once")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +134,11 @@ def cores() -> int:
 
 def installed(backend: str) -> bool:
     """Return whether the package that a backend needs is here; nothing is imported."""
-    package = _PACKAGES[backend]
+    return has_package(_PACKAGES[backend])
+
+
+def has_package(package: str) -> bool:
+    """Return whether a package is here; nothing is imported."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
@@ -114,6 +173,7 @@ def open_model(
     jobs: int | Literal["auto"] = 1,
     recordings: int | None = None,
     native: bool = False,
+    on_note: Callable[[str], None] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     endpoint: str | None = None,
     offline: bool | None = None,
@@ -130,6 +190,7 @@ def open_model(
             those of the whole process.
         recordings: the most jobs that there will be; None: many.
         native: recordings will be heard at their own length, which exported graphs cannot.
+        on_note: told in a line if memory is too small for the chunks of a call.
         cache_dir: where downloaded models are kept.
         endpoint: address of the model hub.
         offline: never download.
@@ -137,6 +198,7 @@ def open_model(
     Raises:
         CheckpointError, DownloadError: the model cannot be had.
         UsageError: the backend is unknown, not installed, or cannot run this model so.
+        MemoryError: there is too little to load it.
     """
     if backend != "auto" and backend not in _PACKAGES:
         raise UsageError(f"unknown backend {backend!r}; expected auto, {', '.join(_PACKAGES)}")
@@ -156,18 +218,22 @@ def open_model(
     if at_once > 1 or (threads is None and device in ("auto", "cpu")):
         threads = max(1, (threads or cores()) // at_once)
     if not installed(name):
-        package = _PACKAGES[name]
-        raise UsageError(f"the backend {name} is not installed: pip install {_EXTRAS[package]}")
+        raise UsageError(f"the backend {name} is not installed: pip install {REMEDIES[_PACKAGES[name]]}")
     if name in ("torch", "compiled"):
         if checkpoint is None:
             raise UsageError(f"{path}: is exported, which torch does not run; use the checkpoint, or --backend auto")
         from htsat.model.runtime import TorchBackend, load_model
 
-        network = load_model(checkpoint)
-        torch_backend = TorchBackend(
-            network, device=device, threads=threads, precision=precision, compiled=name == "compiled"
-        )
-        return Runner(torch_backend, name, network.checkpoint, path, at_once, network)
+        try:
+            network = load_model(checkpoint)
+            torch_backend = TorchBackend(
+                network, device=device, threads=threads, precision=precision, compiled=name == "compiled"
+            )
+        except RuntimeError as error:
+            if not short_of_memory(error):
+                raise
+            raise MemoryError(f"none is left to load {checkpoint}") from None
+        return Runner(SparingBackend(torch_backend, on_note), name, network.checkpoint, path, at_once, network)
     if export is None:
         raise UsageError(
             f"{path}: is a checkpoint, which {name} does not run; export it first: htsat export {path.name} "
@@ -183,7 +249,7 @@ def open_model(
         exported = OnnxBackend(export, config, threads=threads)
     else:
         exported = OpenVinoBackend(export, config, threads=threads, jobs=at_once, precision=precision)
-    return Runner(exported, name, config, path, at_once)
+    return Runner(SparingBackend(exported, on_note), name, config, path, at_once)
 
 
 def _chosen(path: Path, checkpoint: Path | None, export: Path | None, device: str, precision: str) -> str:

@@ -2,7 +2,7 @@
 
 ``LiveStream`` does everything but run the network and knows neither files nor clocks: samples go in, in blocks of any
 size and at any rate, and what is ready to be heard comes out (``push``); what the network says of it goes in, and what
-became known comes out (``apply``). ``PredictorStream`` does both with a ``Predictor``.
+became known comes out (``apply``). ``PredictorStream`` does both with a backend.
 
 Each moment is heard once, at the end of as much context as the model takes, with ``lookahead_seconds`` behind it
 (``htsat.audio.chunk``). Posteriors and events are those of ``Predictor`` on the same samples with the same
@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from htsat.audio.chunk import Chunk, num_tokens
 from htsat.audio.resample import Resampler
+from htsat.backends import Backend
 from htsat.config import CheckpointConfig, DecodingConfig
 from htsat.detection.decoder import LiveDecoder, LiveEvent
 from htsat.errors import AudioError, UsageError
+from htsat.hearing import Framewise, check_level, chunker_of, run_backend, to_posteriors
 from htsat.labels import counted_classes, heard_labels
-from htsat.predict import Framewise, Predictor, check_level, chunker_of, to_posteriors
 
 Array = NDArray[np.float32]
 
@@ -306,13 +307,14 @@ class LiveStream:
 
 
 class PredictorStream:
-    """A stream that a ``Predictor`` listens to.
+    """A stream that a ``Predictor`` listens to; see ``Predictor.stream``.
 
     Args:
-        predictor: its model, backend and settings.
+        config: of the model.
+        backend: runs it.
         sample_rate: Hz of the samples that come.
-        hop_seconds: seconds between the times at which the stream is heard.
-        lookahead_seconds: seconds heard behind each moment; see ``live_config``.
+        hop_seconds: see ``live_config``.
+        lookahead_seconds: the same.
 
     Raises:
         UsageError: a sample rate out of range.
@@ -324,16 +326,15 @@ class PredictorStream:
 
     def __init__(
         self,
-        predictor: Predictor,
+        config: CheckpointConfig,
+        backend: Backend,
         sample_rate: int,
         *,
         hop_seconds: float = DEFAULT_HOP,
         lookahead_seconds: float | None = DEFAULT_LOOKAHEAD,
     ) -> None:
-        self.state = LiveStream(
-            predictor.config, sample_rate, hop_seconds=hop_seconds, lookahead_seconds=lookahead_seconds
-        )
-        self._backend = predictor.run
+        self.state = LiveStream(config, sample_rate, hop_seconds=hop_seconds, lookahead_seconds=lookahead_seconds)
+        self._backend = backend
 
     def feed(self, waveform: Array) -> list[LiveResult]:
         """Listen to the next samples; see ``LiveStream.push``."""
@@ -353,7 +354,7 @@ class PredictorStream:
         results = []
         for item in work:
             if isinstance(item, Chunk):
-                clip_logits, frame_logits, _ = self._backend(item.samples[None])
+                clip_logits, frame_logits, _ = run_backend(self._backend, item.samples[None], 1)
                 results.append(self.state.apply(item, clip_logits[0], frame_logits[0]))
             else:
                 results.append(self.state.apply(item))

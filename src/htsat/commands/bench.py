@@ -16,8 +16,9 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="speed (with sizes and memory), training, startup, decode; may be repeated, or a list with commas.",
-            show_default="speed",
+            help="speed (with sizes, memory and the hardware's limit), front (the front end alone), training, startup, "
+            "decode; may be repeated, or a list with commas.",
+            show_default="speed,front",
         ),
     ] = None,
     only: Annotated[
@@ -58,7 +59,10 @@ def bench(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all figures, as JSON.")
     ] = None,
 ) -> None:
-    """Measure size, speed, memory, training step, start and reading of our models, beside AST, CLAP and CNN14."""
+    """Measure size, speed, memory, training step, start and reading of our models, beside AST, CLAP and CNN14.
+
+    Beside them stands the rate at which this machine multiplies matrices, and the share of it that each reaches.
+    """
     from htsat.apps.bench.candidates import split
     from htsat.apps.bench.measure import busy_now, doubt, writable
     from htsat.apps.bench.report import text
@@ -70,7 +74,7 @@ def bench(
     if not all(size.isdecimal() for size in sizes):
         raise UsageError(f"--batch {','.join(sizes)}: expected numbers with commas between them, such as 1,8")
     settings = Settings(
-        tuple(split(what or ["speed"])),
+        tuple(split(what or ["speed", "front"])),
         tuple(split(only or [])),
         tuple(sorted({int(size) for size in sizes})),
         threads or cores(),

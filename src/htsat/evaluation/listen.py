@@ -33,10 +33,10 @@ from htsat.data.clips import Clip, clip_name
 from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, ConfigError, DataError, UsageError
 from htsat.events import Event
+from htsat.hearing import Framewise, frame_boundaries, heard_chunks, run_backend, to_posteriors
 from htsat.labels import counted_classes, desed_decoding, heard_labels, label_set
 from htsat.model.base import FITS, IN_TIME, Fit, SoundModel
 from htsat.model.runtime import TorchBackend
-from htsat.predict import Framewise, frame_boundaries, heard_chunks, run_backend, to_posteriors
 
 Array = NDArray[np.float32]
 Ensemble = Literal["mean", "logits"]

@@ -5,7 +5,7 @@ the configuration that a checkpoint holds, so that the file says all of itself (
 
 Two steps of the front end are written anew, in terms that every runtime computes fast; both are exact but for rounding:
 
-* the Fourier transform as two small matrix products (Cooley and Tukey with factors 16 and n_fft / 16), where the first
+* the Fourier transform as two small matrix products (Cooley and Tukey with factors 32 and n_fft / 32), where the first
   takes real numbers and the second knows which frequencies the mel filters need;
 * the bicubic stretch as the weighted sum of four frames.
 """
@@ -33,9 +33,10 @@ from htsat.audio.mel import hann_window, mel_filterbank
 from htsat.config import CheckpointConfig, FrontendConfig, to_dict
 from htsat.errors import ConfigError, OutputError, UsageError
 from htsat.files import write_atomic
-from htsat.model.base import ModelOutput, SoundModel
+from htsat.model.base import SoundModel
 from htsat.model.checkpoint import FORMAT, METADATA_KEY
 from htsat.model.exported import INPUT, LOG_MEL, OUTPUTS, OnnxBackend
+from htsat.model.swin import Block, WindowAttention
 
 if TYPE_CHECKING:
     import onnx
@@ -116,7 +117,7 @@ class _Graph(nn.Module):
 
     def __init__(self, model: SoundModel, config: CheckpointConfig) -> None:
         super().__init__()
-        self.model = model
+        self.model = with_split_attention(model)
         self.front = MatrixLogMel(config.frontend, config.heard_samples)
         taps, weights = stretch_taps(model, self.front.num_frames, config.heard_samples)
         self.register_buffer("taps", taps)
@@ -125,16 +126,57 @@ class _Graph(nn.Module):
         self.heard_frames = model.geometry.native_frames(config.heard_samples)
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, ...]:
-        log_mel = heard = self.front(waveform)
+        log_mel = self.front(waveform)
         assert isinstance(self.taps, Tensor) and isinstance(self.weights, Tensor)
         if self.front.num_frames != self.heard_frames:
             near = log_mel.index_select(1, self.taps).view(log_mel.shape[0], self.heard_frames, 4, -1)
             log_mel = (near * self.weights).sum(2)
-        found = self.model.analyse(self.model.normalise(log_mel))
+        features = self.model.normalise(log_mel)
+        found = self.model.analyse(features)
         embedding = self.model.embed(found.tokens)
         if found.clipwise is None or found.framewise is None:
-            return embedding, heard
-        return found.clipwise, found.framewise, embedding, heard
+            return embedding, features
+        return found.clipwise, found.framewise, embedding, features
+
+
+class SplitAttention(nn.Module):
+    """Attention in windows as runtimes like it: queries, keys and values from a layer each.
+
+    What comes of one layer for all three must be moved before it is multiplied. Of three layers, OpenVINO makes the
+    rest, from the moves of heads to the product with the values, one operator.
+
+    Args:
+        attention: whose weights it shares.
+    """
+
+    def __init__(self, attention: WindowAttention) -> None:
+        super().__init__()
+        self.whole = attention
+        weights, biases = attention.qkv.weight.detach().chunk(3), attention.qkv.bias.detach().chunk(3)
+        self.parts = nn.ModuleList(nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights)
+        for part, weight, bias in zip(self.parts, weights, biases, strict=True):
+            part.weight.data, part.bias.data = weight.clone(), bias.clone()
+
+    def forward(self, x: Tensor, index: Tensor, mask: Tensor | None, maps: list[Tensor] | None = None) -> Tensor:
+        """Attend within windows; see ``WindowAttention.forward``."""
+        batch, length, width = x.shape
+        heads, tokens = self.whole.num_heads, index.shape[0]
+        q, k, v = (part(x).view(-1, tokens, heads, width // heads) for part in self.parts)
+        logits = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * self.whole.scale
+        bias = self.whole._bias(index, mask)
+        if bias.shape[0] != 1:
+            bias = bias.repeat(batch, 1, 1, 1)
+        out = (logits + bias).softmax(-1) @ v.transpose(1, 2)
+        return self.whole.proj(out.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+
+
+def with_split_attention(model: SoundModel) -> SoundModel:
+    """Return a copy of a network with ``SplitAttention`` in its blocks, if it has such."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            module.attn = SplitAttention(module.attn)  # type: ignore[assignment]
+    return model
 
 
 def stretch_taps(model: SoundModel, frames: int, samples: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +218,7 @@ class MatrixLogMel(nn.Module):
             raise ConfigError(f"n_fft {n_fft} is odd; only even ones can be exported")
         self.config = config
         self.num_frames = num_samples // config.hop_length + 1
-        a = math.gcd(n_fft, 16)
+        a = math.gcd(n_fft, 32)
         self.a, self.b = a, n_fft // a
         self.first: Tensor
         self.second: Tensor
@@ -264,22 +306,31 @@ def _transform(config: FrontendConfig, a: int) -> tuple[NDArray[Any], NDArray[An
 def _program(graph: _Graph, config: CheckpointConfig) -> "onnx.ModelProto":
     """Trace the graph; the batch may have any size."""
     names = OUTPUTS if graph.num_classes else OUTPUTS[-1:]
-    example = torch.zeros(2, config.heard_samples)
+    return _traced(graph, config.heard_samples, [*names, LOG_MEL])
+
+
+def _traced(graph: nn.Module, num_samples: int, outputs: list[str]) -> "onnx.ModelProto":
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph,
-            (example,),
+            (torch.zeros(2, num_samples),),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes={"waveform": {0: torch.export.Dim("batch", min=1, max=1024)}},
             input_names=[INPUT],
-            output_names=[*names, LOG_MEL],
+            output_names=outputs,
             optimize=True,
             verbose=False,
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def front_end_graph(config: FrontendConfig, num_samples: int) -> bytes:
+    """Return the front end alone as an ONNX file: waveforms of one length in, log-mel spectrograms out."""
+    content: bytes = _traced(MatrixLogMel(config, num_samples).eval(), num_samples, [LOG_MEL]).SerializeToString()
+    return content
 
 
 @contextlib.contextmanager
@@ -353,28 +404,35 @@ def _differences(model: SoundModel, config: CheckpointConfig, path: Path) -> tup
         np.zeros(samples),
     ]
     chunks = np.stack(waveforms).astype(np.float32)
-    exported = OnnxBackend(path, config, threads=1)(chunks)
-    with torch.inference_mode():
-        single = _arrays(model(torch.from_numpy(chunks), "native"))
-        double = _arrays(copy.deepcopy(model).double()(torch.from_numpy(chunks).double(), "native"))
+    *logits, embedding = map(torch.from_numpy, OnnxBackend(path, config, threads=1)(chunks))
+    exported = [embedding.numpy()] if not config.labels else [part.double().sigmoid().numpy() for part in logits]
+    single, double = both_precisions(model, chunks)
     return _distance(exported, double), _distance(single, double)
 
 
-def _arrays(output: ModelOutput) -> tuple[Array | None, Array | None, Array]:
-    clip, frame = (
-        None if logits is None else logits.numpy() for logits in (output.clipwise_logits, output.framewise_logits)
+def both_precisions(model: SoundModel, chunks: Array) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Return what a model says of chunks in single and in double precision.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        chunks: (batch, heard_samples), or a native size of it.
+
+    Returns:
+        Twice clip and frame posteriors; of a model without classes the embeddings.
+    """
+    waveform = torch.from_numpy(chunks)
+    with torch.inference_mode():
+        outputs = model(waveform, "native"), copy.deepcopy(model).double()(waveform.double(), "native")
+    single, double = (
+        [output.embedding.numpy()]
+        if output.clipwise_logits is None or output.framewise_logits is None
+        else [logits.double().sigmoid().numpy() for logits in (output.clipwise_logits, output.framewise_logits)]
+        for output in outputs
     )
-    return clip, frame, output.embedding.numpy()
+    return single, double
 
 
-def _distance(found: tuple[Array | None, ...], exact: tuple[Array | None, ...]) -> float:
-    if exact[0] is None:
-        a, b = found[2], exact[2]
-        assert a is not None and b is not None
-        return float(np.abs(a - b).max() / max(1.0, np.abs(b).max()))
-    pairs = [(a, b) for a, b in zip(found[:2], exact[:2], strict=True) if a is not None and b is not None]
-    return max(float(np.abs(_sigmoid(a) - _sigmoid(b)).max()) for a, b in pairs)
-
-
-def _sigmoid(logits: Array) -> NDArray[np.float64]:
-    return np.asarray(1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500))))
+def _distance(found: list[NDArray[Any]], exact: list[NDArray[Any]]) -> float:
+    """Return the largest difference of posteriors; of embeddings relative to the largest."""
+    scale = max(1.0, *(float(np.abs(b).max()) for b in exact))  # posteriors are at most 1
+    return float(np.max([np.abs(a - b).max() for a, b in zip(found, exact, strict=True)])) / scale  # NaN stays NaN

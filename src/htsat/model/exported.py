@@ -4,6 +4,7 @@ The metadata of a file hold the configuration of the model, as a checkpoint's do
 and without the weights: an ONNX file is a message of Protocol Buffers, a list of numbered fields.
 """
 
+import errno
 import mmap
 import os
 import threading
@@ -25,7 +26,7 @@ SUFFIX = ".onnx"
 #: names inside the graph
 INPUT = "waveform"
 OUTPUTS = ("clipwise_logits", "framewise_logits", "embedding")
-#: what lies between front end and network
+#: what lies between front end and network: normalised, but in files of older versions
 LOG_MEL = "log_mel"
 #: fields of ONNX's messages (onnx.proto)
 _IR_VERSION, _GRAPH, _METADATA = 1, 7, 14
@@ -50,6 +51,8 @@ def read_exported(path: str | os.PathLike[str]) -> CheckpointConfig:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError(f"none is left to read {path}") from None
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be read ({reason}); check the file and its permissions") from None
     if found.external:
@@ -326,7 +329,19 @@ def _three(outputs: list[Array], config: CheckpointConfig) -> tuple[Array, Array
     return clip, frame, embedding
 
 
-def _refused(path: str | os.PathLike[str], runtime: str, error: Exception) -> CheckpointError:
+def short_of_memory(error: BaseException) -> bool:
+    """Return whether an error of NumPy or of a runtime says that there is too little memory.
+
+    Most have no class of their own for this: PyTorch has one on GPUs only.
+    """
+    text = str(error).lower()
+    phrases = ("out of memory", "allocate memory", "failed to allocate", "bad_alloc", "bad allocation")
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
+
+
+def _refused(path: str | os.PathLike[str], runtime: str, error: Exception) -> CheckpointError | MemoryError:
+    if short_of_memory(error):
+        return MemoryError(f"none is left to load {path}")
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CheckpointError(f"{path}: {runtime} cannot run it ({reason}); export the model again")
 

@@ -1,13 +1,12 @@
 """What can be measured by name, and what each needs to run here."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from htsat.apps.bench.measure import has_bfloat16
-from htsat.backends import BackendName, Precision
+from htsat.backends import REMEDIES, BackendName, Precision, has_package
 from htsat.errors import UsageError, nearest
 
 #: backend and precision of ours
@@ -28,16 +27,6 @@ NAMES = ("plain", *OWN, *BASELINES, BUNDLED)
 USUAL = ("plain", "torch", "torch-bf16", "onnxruntime", "openvino", "openvino-bf16", *BASELINES)
 #: the same where a model is named
 USUAL_OF_MODEL = tuple(name for name in USUAL if name not in BASELINES)
-
-_EXTRAS = {
-    "torch": "'htsat[torch]'",
-    "safetensors": "'htsat[torch]'",
-    "onnx": "'htsat[export]'",
-    "onnxscript": "'htsat[export]'",
-    "onnxruntime": "onnxruntime",
-    "openvino": "'htsat[openvino]'",
-    "transformers": "'htsat[bench]'",
-}
 
 
 @dataclass(frozen=True)
@@ -129,15 +118,10 @@ def lacking(candidate: Candidate, has_checkpoint: bool, has_export: bool) -> str
     else:
         packages = ["torch", *(("transformers",) if kind in ("ast", "clap") else ())]
     for package in packages:
-        if not is_installed(package):
-            return f"{package} is not installed: pip install {_EXTRAS[package]}"
+        if not has_package(package):
+            return f"{package} is not installed: pip install {REMEDIES[package]}"
     if not candidate.is_float32 and not has_bfloat16():
         return "this processor has no instructions for bfloat16"
     if kind.startswith("compiled") and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         return "torch.compile needs a C++ compiler, and there is none; install g++ or set CXX"
     return None
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package is here; nothing is imported."""
-    return importlib.util.find_spec(package) is not None

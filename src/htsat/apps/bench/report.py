@@ -42,6 +42,7 @@ def text(result: dict[str, Any]) -> str:
     """Return all tables of a run, and what they depend on."""
     sections: list[tuple[str, Callable[[Any], str]]] = [
         ("speed", _speed),
+        ("front", _front),
         ("training", _training),
         ("startup", _startup),
         ("decode", _decode),
@@ -51,24 +52,36 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _speed(figures: dict[str, Any]) -> str:
-    sizes = [["network", "parameters, M", "GFLOP per clip"]]
+    rates = figures["matrix_rates"]
+    sizes = [["network", "parameters, M", "GFLOP per clip", *(f"floor, {rate['precision']}, ms" for rate in rates)]]
     for network in figures["networks"]:
         flops = network["flops"]
         sizes.append(
-            [network["network"], f"{network['parameters'] / 1e6:.1f}", "-" if flops is None else f"{flops / 1e9:.2f}"]
+            [
+                network["network"],
+                f"{network['parameters'] / 1e6:.1f}",
+                "-" if flops is None else f"{flops / 1e9:.2f}",
+                *(_short(network["floor_ms"][rate["precision"]]) if flops else "-" for rate in rates),
+            ]
+        )
+    limits = markdown(sizes)
+    if rates:
+        found = ", ".join(f"{rate['best'] / 1e9:.0f} GFLOP/s in {rate['precision']}" for rate in rates)
+        limits += (
+            f"\nBest rate of matrix products measured here: {found}; the floor is what a clip takes at that rate\n"
         )
     rows = figures["rows"]
     if not rows:
-        return markdown(sizes)
+        return limits
     compared = [(ratios(rows, "batch", name, f), title) for name, f, title in (
         (UNIT, "median_ms", "x plain"), (UNIT, "min_ms", "x plain, min"),
         (PEER, "median_ms", "x AST"), (PEER, "min_ms", "x AST, min"),
     )]  # fmt: skip
     compared = [(values, title) for values, title in compared if values]
     titles = ["candidate", "batch", "median ms", "min ms", "processor ms", *(title for _, title in compared)]
-    table = [[*titles, "peak MB", "added MB", "difference", "rounds"]]
+    table = [[*titles, "of the rate", "peak MB", "added MB", "difference", "rounds"]]
     for row in rows:
-        at = (row["candidate"], row["batch"])
+        at, share = (row["candidate"], row["batch"]), row["matrix_share"]
         distance = row["clipwise_difference"]
         table.append(
             [
@@ -76,6 +89,7 @@ def _speed(figures: dict[str, Any]) -> str:
                 str(row["batch"]),
                 *(_short(row[figure]) for figure in ("median_ms", "min_ms", "processor_ms")),
                 *(f"{values[at]:.2f}" if at in values else "-" for values, _ in compared),
+                "-" if share is None else f"{share:.0%}",
                 _megabytes(row["peak_bytes"]),
                 _megabytes(row["added_bytes"]) if row["peak_bytes"] else "-",
                 "-" if distance is None else f"{distance:.0e}",
@@ -84,10 +98,19 @@ def _speed(figures: dict[str, Any]) -> str:
         )
     unit = figures["unit"]
     return (
-        f"{markdown(sizes)}\nFrom waveform to posteriors, milliseconds per {unit}; how many times as fast as others; "
-        f"memory of the process, and what running adds to it;\nlargest difference of a clip posterior from the same "
-        f"network in double precision\n\n{markdown(table)}"
+        f"{limits}\nFrom waveform to posteriors, milliseconds per {unit}; how many times as fast as others; share of "
+        f"the rate of matrix\nproducts; memory of the process, and what running adds to it; largest difference of a "
+        f"clip posterior from the\nsame network in double precision\n\n{markdown(table)}"
     )
+
+
+def _front(figures: dict[str, Any]) -> str:
+    table = [["front end", "median ms", "min ms", "processor ms", "rounds"]]
+    for row in figures["rows"]:
+        times = (_short(row[figure]) for figure in ("median_ms", "min_ms", "processor_ms"))
+        table.append([row["way"], *times, str(row["rounds"])])
+    unit = figures["unit"]
+    return f"Front end alone, from waveform to log-mel spectrogram, milliseconds per {unit}\n\n{markdown(table)}"
 
 
 def _training(figures: dict[str, Any]) -> str:

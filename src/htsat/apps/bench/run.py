@@ -15,22 +15,23 @@ from htsat.apps.bench.candidates import (
     Candidate,
     check,
     choose,
-    is_installed,
     lacking,
 )
 from htsat.apps.bench.files import measure_decode, measure_startup
-from htsat.apps.bench.measure import BenchError, Work, apart, doubt, load_average, machine
-from htsat.apps.bench.speed import SpeedJob, measure_speed
+from htsat.apps.bench.front import WAYS, FrontJob, measure_front, write_graph
+from htsat.apps.bench.hardware import MatrixRate, faster, measure_rates
+from htsat.apps.bench.measure import BenchError, Work, apart, doubt, has_bfloat16, load_average, machine
+from htsat.apps.bench.speed import SpeedJob, SpeedRow, measure_speed
 from htsat.apps.bench.subjects import FULL, Sources, Subject, full_config, prepare
 from htsat.apps.bench.training import NETWORKS, measure_training
-from htsat.backends import installed, usable
+from htsat.backends import REMEDIES, Precision, has_package, installed, usable
 from htsat.config import CheckpointConfig
 from htsat.errors import HtsatError, UsageError
 from htsat.model.exported import SUFFIX, read_model_config
 from htsat.model.hub import bundled_export, resolve
 
 #: what can be measured
-WHAT = ("speed", "training", "startup", "decode")
+WHAT = ("speed", "front", "training", "startup", "decode")
 #: number of the JSON's format
 FORMAT = 1
 
@@ -104,15 +105,45 @@ class _Run:
             }
             classes = settings.full.model.num_classes
             sizes = self._sizes(found, subjects, classes)
+            rates = self._rates()
             jobs = [SpeedJob(c, subjects.get(c.subject), settings.threads, classes) for c in found]
             rows = measure_speed(jobs, settings.batches, settings.rounds, self.progress, self.fail)
+            rates = faster(rates, self._rates())
         lengths = {subject.seconds for subject in subjects.values()}
+        best = {rate.precision: rate.best for rate in rates}
+        by_name = {candidate.name: candidate for candidate in found}
+
+        def share(row: SpeedRow) -> float | None:
+            """Return how much of the time a network would take anyway, as matrices are multiplied no faster."""
+            candidate = by_name[row.candidate]
+            flops = sizes[_network(candidate)][1]
+            limit = best.get("float32" if candidate.is_float32 else "bfloat16")
+            return None if flops is None or limit is None else 1000 * flops / limit / row.median_ms
+
         return {
             "seconds": {name: subject.seconds for name, subject in subjects.items()},
             "unit": f"{max(lengths, default=10.0):g}-s clip",
-            "networks": sizes,
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "matrix_rates": [dataclasses.asdict(rate) for rate in rates],
+            "networks": [
+                {
+                    "network": name,
+                    "parameters": parameters,
+                    "flops": flops,
+                    "floor_ms": {} if flops is None else {key: 1000 * flops / limit for key, limit in best.items()},
+                }
+                for name, (parameters, flops) in sizes.items()
+            ],
+            "rows": [dataclasses.asdict(row) | {"matrix_share": share(row)} for row in rows],
         }
+
+    def _rates(self) -> list[MatrixRate]:
+        """Return how fast matrices are multiplied; nothing where there is no PyTorch to do it."""
+        if not has_package("torch"):
+            self.leave_out("matrix products", "torch is not installed, so nothing is said of the hardware's limit")
+            return []
+        self.progress("multiplying matrices", 0.0)
+        precisions: tuple[Precision, ...] = ("float32", "bfloat16") if has_bfloat16() else ("float32",)
+        return apart("matrix products", measure_rates, self.settings.threads, precisions)
 
     def _sources(self, name: str) -> Sources:
         if name == FULL:
@@ -170,17 +201,23 @@ class _Run:
             sources = dataclasses.replace(sources, checkpoint=None)
         return apart(f"preparing {name}", prepare, sources, folder, exports, plain, self.settings.full)
 
-    def _sizes(self, found: Sequence[Candidate], subjects: dict[str, Subject], classes: int) -> list[dict[str, Any]]:
+    def _sizes(
+        self, found: Sequence[Candidate], subjects: dict[str, Subject], classes: int
+    ) -> dict[str, tuple[int, int | None]]:
+        """Return parameters and operations by ``_network``."""
         sizes: dict[str, tuple[int, int | None]] = {}
-        for name, subject in subjects.items():
-            if subject.plain_size is not None:
-                sizes["plain HTS-AT"] = subject.plain_size
-            sizes["htsat" if name == FULL else f"htsat, {name}"] = (subject.parameters, subject.flops)
         for candidate in found:
+            name = _network(candidate)
             if candidate.kind in BASELINES:
                 self.progress(f"counting {candidate.name}", 0.0)
-                sizes[candidate.name] = apart(candidate.name, _baseline_size, candidate.kind, classes)
-        return [{"network": n, "parameters": count, "flops": flops} for n, (count, flops) in sizes.items()]
+                sizes[name] = apart(candidate.name, _baseline_size, candidate.kind, classes)
+                continue
+            subject = subjects[candidate.subject]
+            if candidate.kind != "plain":
+                sizes[name] = (subject.parameters, subject.flops)
+            elif subject.plain_size is not None:
+                sizes[name] = subject.plain_size
+        return sizes
 
     # -------------------------------------------------------------- the others
 
@@ -198,13 +235,45 @@ class _Run:
         unit = f"{config.model.chunk_seconds:g}-s clip"
         return {"unit": unit, "rows": [dataclasses.asdict(row) for row in rows]}
 
+    def front(self) -> dict[str, Any]:
+        settings = self.settings
+        config = self._config(FULL if settings.model is None else settings.model)
+        exports = all(map(has_package, ("torch", "onnx", "onnxscript")))
+        ways = []
+        for way in WAYS:
+            package = way if way in ("onnxruntime", "openvino") else "torch"
+            if not has_package(package):
+                self.leave_out(f"front end, {way}", f"{package} is not installed: pip install {REMEDIES[package]}")
+            elif package != "torch" and not exports:
+                self.leave_out(f"front end, {way}", f"export needs other packages: pip install {REMEDIES['onnx']}")
+            else:
+                ways.append(way)
+        with tempfile.TemporaryDirectory(prefix="htsat-bench-") as folder:
+            graph = Path(folder) / "front.onnx"
+            if exports:
+                self.progress("exporting the front end", 0.0)
+                apart("exporting the front end", write_graph, config.frontend, config.heard_samples, graph)
+            jobs = [FrontJob(way, config.frontend, config.heard_samples, settings.threads, graph) for way in ways]
+            rows = measure_front(jobs, settings.rounds, self.progress, self.fail)
+        unit = f"{config.heard_samples / config.frontend.sample_rate:g}-s clip"
+        return {"unit": unit, "rows": [dataclasses.asdict(row) for row in rows]}
+
     def startup(self) -> list[dict[str, Any]]:
         backends = [name for name in usable(BUNDLED, resolve(BUNDLED)) if name != "compiled"]
-        rows = measure_startup(backends, is_installed("torch"), self.settings.rounds, self.progress)
+        rows = measure_startup(backends, has_package("torch"), self.settings.rounds, self.progress)
         return [dataclasses.asdict(row) for row in rows]
 
     def decode(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(row) for row in measure_decode(self.settings.rounds, self.progress)]
+
+
+def _network(candidate: Candidate) -> str:
+    """Return the name of the network that a candidate runs, as tables show it."""
+    if candidate.kind in BASELINES:
+        return candidate.name
+    if candidate.kind == "plain":
+        return "plain HTS-AT"
+    return "htsat" if candidate.subject == FULL else f"htsat, {candidate.subject}"
 
 
 def _baseline_size(name: str, classes: int) -> tuple[int, int]:

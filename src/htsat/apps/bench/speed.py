@@ -23,7 +23,7 @@ from htsat.apps.bench.measure import (
 )
 from htsat.apps.bench.subjects import Subject, batch_of, difference
 from htsat.errors import HtsatError
-from htsat.predict import sigmoid
+from htsat.hearing import sigmoid
 
 Array = NDArray[np.float32]
 #: from waveforms (batch, num_samples) to clip and frame posteriors; nothing of a network with other weights

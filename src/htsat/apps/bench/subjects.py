@@ -1,6 +1,5 @@
 """The networks whose weights several candidates share, and what they say in double precision."""
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from htsat.apps.bench.measure import BenchError
 from htsat.config import CheckpointConfig, FrontendConfig, ModelConfig
-from htsat.predict import sigmoid
+from htsat.hearing import sigmoid
 
 if TYPE_CHECKING:
     from htsat.model.base import SoundModel
@@ -122,7 +121,7 @@ def prepare(
     from htsat.apps.bench.baselines import size
     from htsat.apps.bench.plain import plain_port_of
     from htsat.model.checkpoint import load_checkpoint, save_checkpoint
-    from htsat.model.export import export_onnx
+    from htsat.model.export import both_precisions, export_onnx
 
     path, export = sources.checkpoint, sources.export
     if path is None:
@@ -139,12 +138,7 @@ def prepare(
     if wants_export and export is None:
         export = folder / f"{sources.name}.onnx"
         export_onnx(model, config, export)
-    with torch.inference_mode():
-        waveform = torch.from_numpy(chunks)
-        single, double = (
-            [logits.double().sigmoid().numpy() for logits in (output.clipwise_logits, output.framewise_logits)]
-            for output in (model(waveform, "native"), copy.deepcopy(model).double()(waveform.double(), "native"))
-        )
+    single, double = both_precisions(model, chunks)
     tolerance = max(TOLERANCE, 2 * difference(single, double))
     return Subject(
         sources.name,

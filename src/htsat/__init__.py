@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from htsat.client import Client, ServerError
     from htsat.config import CheckpointConfig, DecodingConfig, FrontendConfig, InferenceConfig, ModelConfig
     from htsat.errors import (
         AudioError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "htsat.client": ("Client", "ServerError"),
     "htsat.config": ("CheckpointConfig", "DecodingConfig", "FrontendConfig", "InferenceConfig", "ModelConfig"),
     "htsat.errors": (
         "AudioError",
@@ -60,6 +62,7 @@ __all__ = [
     "AudioError",
     "CheckpointConfig",
     "CheckpointError",
+    "Client",
     "ConfigError",
     "DataError",
     "DecodingConfig",
@@ -74,6 +77,7 @@ __all__ = [
     "OutputError",
     "Prediction",
     "Predictor",
+    "ServerError",
     "Tag",
     "UsageError",
     "__version__",

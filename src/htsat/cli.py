@@ -26,7 +26,9 @@ from htsat.commands.calibrate import calibrate
 from htsat.commands.console import Progress, tell
 from htsat.commands.data import DataCommand, data
 from htsat.commands.evaluate import Classes, evaluate
+from htsat.commands.listen import listen
 from htsat.commands.score import score
+from htsat.commands.serve import serve
 from htsat.commands.train import train
 from htsat.errors import AudioError, ConfigError, HtsatError, OutputError, UsageError
 
@@ -506,6 +508,8 @@ app.command()(evaluate)
 app.command()(score)
 app.command()(calibrate)
 app.command()(bench)
+app.command()(serve)
+app.command()(listen)
 app.command(cls=DataCommand)(data)
 
 

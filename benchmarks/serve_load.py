@@ -3,6 +3,7 @@
     python benchmarks/serve_load.py [--factors 0.5 0.8 1 2 5 10] [--seconds 60] [--file RECORDING] [-- --threads 2 ...]
     python benchmarks/serve_load.py --soak 20000
     python benchmarks/serve_load.py --kill-decoders 100
+    python benchmarks/serve_load.py --streams 8
 
 Starts a server on the loopback interface (options after ``--`` are its own), or uses the one at --address.
 
@@ -17,6 +18,10 @@ threads and processes over time, and the growth of memory after a tenth of the r
 than 20 MB.
 
 Kill: decoders are killed at random while requests come at 0.6 times the capacity; every one must be answered by 200.
+
+Streams: so many clients send sound in real time, a result a second: how long after its last sample a result arrives,
+and how long after its end the end of an event. Exits with 1 if the 99th percentile of the latter is more than half a
+second beyond what the hop and the settings of the model need, or if there are gaps.
 """
 
 import argparse
@@ -321,6 +326,56 @@ async def kill(arguments: argparse.Namespace, requests: Load, state: State) -> d
     return {"killed": killed, "statuses": dict(lost), "failures": failures}
 
 
+async def streams(arguments: argparse.Namespace, port: int) -> dict:
+    import websockets
+
+    samples, rate = soundfile.read(EXAMPLES / "street.ogg", always_2d=True)
+    sound = np.round(np.clip(samples.mean(axis=1), -1, 0.999) * 32768).astype("<i2")
+    block = rate // 10
+    results, events, gaps, beyond = [], [], 0, []
+
+    async def client(number: int) -> None:
+        nonlocal gaps
+        await asyncio.sleep(number / arguments.streams)  # hops of all streams together spread over a second
+        address = f"ws://127.0.0.1:{port}/v1/stream?sample_rate={rate}"
+        async with websockets.connect(address) as connection:
+            start_message = json.loads(await connection.recv())
+            start = time.perf_counter()
+
+            async def send() -> None:
+                for index in range(round(arguments.seconds * 10)):
+                    await asyncio.sleep(max(0, start + (index + 1) / 10 - time.perf_counter()))
+                    at = (index + 50 * number) * block % (len(sound) - block)
+                    await connection.send(sound[at : at + block].tobytes())
+                await connection.send('{"type": "end"}')
+
+            sending = asyncio.create_task(send())
+            async for text in connection:
+                message, now = json.loads(text), time.perf_counter() - start
+                if message["type"] == "progress":
+                    results.append(now - message["time"])
+                elif message["type"] == "event" and message["state"] == "close" and now < arguments.seconds:
+                    events.append(now - message["offset"])
+                    beyond.append(events[-1] - start_message["delay_seconds"])
+                elif message["type"] == "gap":
+                    gaps += 1
+            await sending
+
+    await asyncio.gather(*(client(number) for number in range(arguments.streams)))
+    print(
+        f"{arguments.streams} streams, {arguments.seconds:g} s: {len(results)} results, {len(events)} events, {gaps} gaps"
+    )
+    print(
+        f"result after its last sample that is told of: p50 {percentile(results, 50):.3f} s, p99 {percentile(results, 99):.3f} s"
+    )
+    print(f"end of an event after it ended: p50 {percentile(events, 50):.3f} s, p99 {percentile(events, 99):.3f} s")
+    print(f"the same beyond the delay that the settings need: p99 {percentile(beyond, 99):.3f} s")
+    failures = [f"{gaps} gaps"] if gaps else []
+    if beyond and percentile(beyond, 99) > 0.5:
+        failures.append("results come late")
+    return {"results": results, "events": events, "gaps": gaps, "failures": failures}
+
+
 def main() -> None:
     own = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +385,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="that wait for their answers")
     parser.add_argument("--soak", type=int, default=0, metavar="REQUESTS")
     parser.add_argument("--kill-decoders", type=int, default=0, metavar="TIMES")
+    parser.add_argument("--streams", type=int, default=0, metavar="CLIENTS")
     parser.add_argument("--address", help="port:pid of a server that runs already")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args([argument for argument in sys.argv[1:] if argument not in ("--", *own)])
@@ -350,6 +406,8 @@ def main() -> None:
     try:
         if arguments.soak:
             result = asyncio.run(soak(arguments, requests, State(pid)))
+        elif arguments.streams:
+            result = asyncio.run(streams(arguments, port))
         elif arguments.kill_decoders:
             result = asyncio.run(kill(arguments, requests, State(pid)))
         else:

@@ -441,6 +441,7 @@ def test_too_little_memory_for_one(command, recordings, monkeypatch):
     code, out, err = command("detect", recordings, "-f", "json")
     assert code == 1 and len(json.loads(out)) == 2
     assert err == [
+        "htsat: too little memory for 2 chunks at once, so fewer are heard at once",
         f"htsat: {recordings}/sub/b.flac: not enough memory; try a smaller --batch-size, fewer --jobs, or --device cpu",
         "htsat: 1 of 3 inputs failed",
     ]

@@ -16,6 +16,7 @@ import htsat.predict
 from htsat.audio.chunk import chunk_stream
 from htsat.audio.decode import AudioReader
 from htsat.audio.resample import resample
+from htsat.backends import SparingBackend
 from htsat.config import DecodingConfig, InferenceConfig
 from htsat.errors import AudioError, UsageError
 from htsat.formats import read_events
@@ -386,8 +387,8 @@ def test_too_little_memory(tone_predictor, message):
     def fail(chunks):
         raise RuntimeError(message)
 
-    predictor._backend = fail
-    with pytest.raises(MemoryError, match="batch of 4"):
+    predictor._backend = SparingBackend(fail)
+    with pytest.raises(MemoryError, match="batch of 1"):
         predictor.predict((np.zeros(100), RATE))
     message = "shapes do not fit"
     with pytest.raises(RuntimeError, match="shapes"):

@@ -26,7 +26,9 @@ MULTIPART = "Content-Type: multipart/form-data; boundary=sep"
 
 @pytest.fixture(scope="module")
 def server():
-    with Server("--max-bytes", LIMIT, "--max-seconds", 600, "--max-streams", 8, "--max-wait", 3) as server:
+    with Server(
+        "--max-bytes", LIMIT, "--max-seconds", 600, "--max-streams", 8, "--max-wait", 3, "--max-requests", 24
+    ) as server:
         server.post("/v1/detect", "street.ogg")
         before = server.memory(), psutil.Process(server.pid).num_fds(), len(server.family())
         yield server

@@ -163,7 +163,7 @@ def test_errors_reach_those_who_wait_and_nobody_else(make):
     batcher, backends = make(batch_size=2)
     held = busy(batcher, backends["m"])
     futures = [batcher.source("m").submit(chunk(value)) for value in range(2)]
-    backends["m"].error = RuntimeError("cannot allocate memory")
+    backends["m"].error = MemoryError("no memory for a batch")
     backends["m"].go.set()
     for future in (held, *futures):
         with pytest.raises(MemoryError):

@@ -36,6 +36,7 @@ _PACKAGES = {"torch": "torch", "compiled": "torch", "onnxruntime": "onnxruntime"
 REMEDIES = {
     "torch": "'htsat[torch]'",
     "safetensors": "'htsat[torch]'",
+    "huggingface_hub": "'htsat[torch]'",
     "onnx": "'htsat[export]'",
     "onnxscript": "'htsat[export]'",
     "onnxruntime": "onnxruntime",

@@ -549,6 +549,7 @@ def _predictor(
         endpoint=endpoint,
         offline=offline or None,
         classes=None if classes is None else classes.value,
+        on_note=tell,
     )
     if backend == BackendChoice.auto:
         tell(f"runs on {predictor.backend}")
@@ -771,8 +772,6 @@ def _stdin() -> Any:
     return sys.stdin.buffer
 
 
-#: packages that commands import when they need them, and the extra that brings each
-_OPTIONAL = {"torch": "torch", "safetensors": "torch", "huggingface_hub": "torch"}
 #: what Typer raises for wrong usage; which package defines it depends on Typer's version
 _ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -805,9 +804,11 @@ def _dispatch() -> int:
         tell(str(error))
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
-        if error.name not in _OPTIONAL:
+        from htsat.backends import REMEDIES
+
+        if error.name not in REMEDIES:
             raise
-        tell(f"this needs {error.name}, which is not installed: pip install 'htsat[{_OPTIONAL[error.name]}]'")
+        tell(f"this needs {error.name}, which is not installed: pip install {REMEDIES[error.name]}")
         return 2
     except MemoryError as error:
         tell(f"not enough memory ({error}); close other programs or use a smaller model")

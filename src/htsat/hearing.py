@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from htsat.audio.chunk import Chunk, Chunker, Stitcher, num_tokens
-from htsat.backends import Backend
 from htsat.config import CheckpointConfig, LogitCalibration
 from htsat.errors import AudioError
 from htsat.labels import counted_classes, heard_labels
-from htsat.model.exported import short_of_memory
 
 Array = NDArray[np.float32]
 
@@ -50,20 +48,6 @@ def chunker_of(config: CheckpointConfig) -> Chunker:
         config.inference.shifts,
         config.lookahead_tokens,
     )
-
-
-def run_backend(backend: Backend, chunks: Array, batch_size: int) -> tuple[Array, Array, Array]:
-    """Run the network; see ``Backend``.
-
-    Raises:
-        MemoryError: the device has too little memory for a batch.
-    """
-    try:
-        return backend(chunks)
-    except RuntimeError as error:
-        if short_of_memory(error):
-            raise MemoryError(f"no memory for a batch of {batch_size}") from error
-        raise
 
 
 class Framewise:

@@ -25,7 +25,7 @@ from htsat.backends import Backend
 from htsat.config import CheckpointConfig, DecodingConfig
 from htsat.detection.decoder import LiveDecoder, LiveEvent
 from htsat.errors import AudioError, UsageError
-from htsat.hearing import Framewise, check_level, chunker_of, run_backend, to_posteriors
+from htsat.hearing import Framewise, check_level, chunker_of, to_posteriors
 from htsat.labels import counted_classes, heard_labels
 
 Array = NDArray[np.float32]
@@ -354,7 +354,7 @@ class PredictorStream:
         results = []
         for item in work:
             if isinstance(item, Chunk):
-                clip_logits, frame_logits, _ = run_backend(self._backend, item.samples[None], 1)
+                clip_logits, frame_logits, _ = self._backend(item.samples[None])
                 results.append(self.state.apply(item, clip_logits[0], frame_logits[0]))
             else:
                 results.append(self.state.apply(item))

@@ -31,7 +31,7 @@ from htsat.events import Event, Tag
 from htsat.files import write_atomic
 from htsat.formats import Detections, Tags, format_events, format_for_path, format_tags
 from htsat.grid import FrameGrid
-from htsat.hearing import Framewise, check_level, frame_boundaries, heard_chunks, run_backend, to_posteriors
+from htsat.hearing import Framewise, check_level, frame_boundaries, heard_chunks, to_posteriors
 from htsat.labels import counted_classes, heard_labels
 from htsat.live import DEFAULT_HOP, DEFAULT_LOOKAHEAD, PredictorStream
 from htsat.plot import PICTURE_ENDINGS, SpectrogramOverview, save_plot
@@ -301,7 +301,7 @@ class Predictor:
             with contextlib.closing(made_ahead) as ahead:
                 for batch in _batches(ahead, self._batch_size):
                     samples = np.stack([chunk.samples for chunk in batch])
-                    hearing.add(batch, *run_backend(self._backend, samples, self._batch_size))
+                    hearing.add(batch, *self._backend(samples))
                     if on_progress is not None:
                         on_progress((batch[-1].start_sample + batch[-1].length) / rate, reader.duration)
             file = reader.name

@@ -200,6 +200,7 @@ def listen(
         operating_point=operating_point,
         cache_dir=cache_dir,
         offline=offline or None,
+        on_note=tell,
     )
     if not predictor.labels:
         raise UsageError(f"model {model!r} has no classes, it gives embeddings only; choose another (htsat models)")

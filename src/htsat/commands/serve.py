@@ -72,7 +72,10 @@ def serve(
     max_bytes: Annotated[int, typer.Option(min=1, metavar="BYTES", help="Of a body.")] = 100_000_000,
     max_seconds: Annotated[float, typer.Option(metavar="SECONDS", help="Of a recording.")] = 3600.0,
     max_files: Annotated[int, typer.Option(min=1, help="Recordings in a body.")] = 16,
-    max_requests: Annotated[int, typer.Option(min=1, help="Of a worker at once; beyond, 503.")] = 24,
+    max_requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a worker at once; beyond, 503.", show_default="8 for each thread, at least 16"),
+    ] = None,
     max_client_requests: Annotated[
         int | None, typer.Option(min=1, help="Of one client at once; beyond, 429.", show_default="half of them")
     ] = None,
@@ -84,7 +87,9 @@ def serve(
     ] = 30.0,
     decoders: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes of a worker that decode recordings.", show_default="one for each request"),
+        typer.Option(
+            min=1, help="Processes of a worker that decode recordings.", show_default="4 for each thread and 8"
+        ),
     ] = None,
     hop: Annotated[float, typer.Option(min=0.1, max=60, metavar="SECONDS", help="Between results of a stream.")] = 1.0,
 ) -> None:

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 
 from htsat.audio.chunk import Chunk, pool_chunks
 from htsat.audio.resample import prefetch
-from htsat.backends import Backend
+from htsat.backends import Backend, SparingBackend
 from htsat.config import CheckpointConfig
 from htsat.data.clips import Clip, clip_name
 from htsat.detection.decoder import decode_events
 from htsat.errors import AudioError, ConfigError, DataError, UsageError
 from htsat.events import Event
-from htsat.hearing import Framewise, frame_boundaries, heard_chunks, run_backend, to_posteriors
+from htsat.hearing import Framewise, frame_boundaries, heard_chunks, to_posteriors
 from htsat.labels import counted_classes, desed_decoding, heard_labels, label_set
 from htsat.model.base import FITS, IN_TIME, Fit, SoundModel
 from htsat.model.runtime import TorchBackend
@@ -313,6 +313,7 @@ class _Member:
         self._stretches = listening.fit is not None and listening.fit not in IN_TIME
         if self._stretches and listening.fit is not None:
             self._backend = _Stretching(model, listening.fit, backend.device)
+        self._backend = SparingBackend(self._backend)
         self.config = config
         self._unmoved = dataclasses.replace(config, inference=dataclasses.replace(config.inference, shifts=1))
         # A frame at the edge of what is stretched reflects half a window.
@@ -335,9 +336,7 @@ class _Member:
             for chunk in self._chunks(np.roll(waveform, -offset) if offset else waveform, moved=not shift)
         )
         for batch in self._batches(tasks):
-            clip_logits, frame_logits, _ = run_backend(
-                self._backend, np.stack([chunk.samples for _, _, chunk in batch]), len(batch)
-            )
+            clip_logits, frame_logits, _ = self._backend(np.stack([chunk.samples for _, _, chunk in batch]))
             for (number, shift, chunk), logits, frames in zip(batch, clip_logits, frame_logits, strict=True):
                 if not chunk.shift:
                     answers.setdefault((number, shift), []).append((logits, chunk.length))

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from htsat.backends import Backend
-from htsat.hearing import run_backend
 
 Array = NDArray[np.float32]
 #: clip logits, frame logits and embedding of one chunk, each with an axis of length 1 before it
@@ -192,7 +191,7 @@ class Batcher:
         heard = self._models[model]
         try:
             samples = batch[0][0][None] if len(batch) == 1 else np.stack([samples for samples, _ in batch])
-            parts = run_backend(heard.backend, samples, len(batch))
+            parts = heard.backend(samples)
         except BaseException as error:  # whatever it is belongs to those who wait
             for _, future in batch:
                 future.set_exception(error)

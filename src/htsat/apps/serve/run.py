@@ -258,7 +258,10 @@ async def _serve(settings: ServeSettings, sockets: list[socket.socket], ready: C
     engine = Engine(models, batcher, decoders, metrics, settings.threads_of_a_worker)
     try:
         gate = Gate(
-            settings.max_requests, settings.requests_of_a_client, settings.max_wait, lambda: batcher.expected_wait
+            settings.requests_of_a_worker,
+            settings.requests_of_a_client,
+            settings.max_wait,
+            lambda: batcher.expected_wait,
         )
         shut_in = decoders.restrictions
         sandbox = ", ".join(shut_in.applied) if shut_in is not None else ""

@@ -36,7 +36,7 @@ class ServeSettings:
         max_bytes: of a body.
         max_seconds: of a recording.
         max_files: in a body.
-        max_requests: that a worker has at once; beyond, 503.
+        max_requests: that a worker has at once, beyond, 503; None: see ``requests_of_a_worker``.
         max_client_requests: of one client, beyond, 429; None: half of them.
         max_streams: of a worker at once.
         max_connections: of a worker at once.
@@ -62,7 +62,7 @@ class ServeSettings:
     max_bytes: int = 100_000_000
     max_seconds: float = 3600.0
     max_files: int = 16
-    max_requests: int = 24
+    max_requests: int | None = None
     max_client_requests: int | None = None
     max_streams: int = 16
     max_connections: int = 1000
@@ -90,13 +90,13 @@ class ServeSettings:
         for origin in self.cors:
             if not _ORIGIN.fullmatch(origin):
                 raise UsageError(f"--cors {origin}: expected an origin such as https://example.org, without a path")
-        for name in ("workers", "batch_size", "max_bytes", "max_files", "max_requests", "max_connections"):
+        for name in ("workers", "batch_size", "max_bytes", "max_files", "max_connections"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_seconds", "max_wait", "timeout"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be more than 0 seconds, got {getattr(self, name):g}")
-        for name in ("threads", "decoders", "max_client_requests"):
+        for name in ("threads", "decoders", "max_requests", "max_client_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
@@ -110,13 +110,19 @@ class ServeSettings:
 
     @property
     def decoders_of_a_worker(self) -> int:
-        """Processes that decode: one for each request, for that of a long recording waits while it is heard."""
-        return self.decoders or self.max_requests
+        """Processes that decode: more than threads, for that of a long recording waits while it is heard."""
+        return self.decoders or min(self.requests_of_a_worker, 8 + 4 * self.threads_of_a_worker)
+
+    @property
+    def requests_of_a_worker(self) -> int:
+        """Requests at once: enough to keep all threads busy, few enough that the last one does not wait long."""
+        return self.max_requests or max(16, 8 * self.threads_of_a_worker)
 
     @property
     def requests_of_a_client(self) -> int:
         """Requests that one client may have at once: half, so that there is room for another."""
-        return min(self.max_requests, self.max_client_requests or max(1, self.max_requests // 2))
+        most = self.requests_of_a_worker
+        return min(most, self.max_client_requests or max(1, most // 2))
 
 
 def named_models(given: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -363,10 +363,12 @@ async def streams(arguments: argparse.Namespace, port: int) -> dict:
 
     await asyncio.gather(*(client(number) for number in range(arguments.streams)))
     print(
-        f"{arguments.streams} streams, {arguments.seconds:g} s: {len(results)} results, {len(events)} events, {gaps} gaps"
+        f"{arguments.streams} streams, {arguments.seconds:g} s: "
+        f"{len(results)} results, {len(events)} events, {gaps} gaps"
     )
     print(
-        f"result after its last sample that is told of: p50 {percentile(results, 50):.3f} s, p99 {percentile(results, 99):.3f} s"
+        f"a result after the last sample that it tells of: p50 {percentile(results, 50):.3f} s, "
+        f"p99 {percentile(results, 99):.3f} s"
     )
     print(f"end of an event after it ended: p50 {percentile(events, 50):.3f} s, p99 {percentile(events, 99):.3f} s")
     print(f"the same beyond the delay that the settings need: p99 {percentile(beyond, 99):.3f} s")

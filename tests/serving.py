@@ -126,12 +126,13 @@ def answer_of(connection):
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    while len(body) < int(headers.get("content-length", 0)):
+    length = int(headers.get("content-length", 0))
+    while len(body) < length:
         piece = connection.recv(65536)
         if not piece:
             break
         body += piece
-    return int(first.split()[1]), headers, json.loads(body)
+    return int(first.split()[1]), headers, json.loads(body[:length])
 
 
 def raw(server, head, *pieces):

@@ -70,6 +70,8 @@ class Playing:
                     return None
             elif isinstance(step, Exception):
                 raise step
+            elif callable(step):
+                step()
             else:
                 return step
         return None
@@ -276,6 +278,33 @@ def test_a_stall_is_a_gap_by_the_clock_and_the_source_is_opened_again(tone_predi
     assert told.notes[-1] == "script: sound comes again"
     assert told.messages[-1]["type"] == "end"  # in order, whatever was wrong
     assert told.messages[-1]["duration"] == pytest.approx(10 + sum(gap["duration"] for gap in gaps))
+
+
+@pytest.mark.parametrize("first", ["sound", "lost", "garbage"])
+def test_time_without_sound_is_counted_once(tone_predictor, monkeypatch, first):
+    """5 s, 3 s of nothing, and behind them 1 s that may be lost too: whatever it is, the clock is right."""
+    clock = [100.0]
+
+    def later(seconds):
+        def step():
+            clock[0] += seconds
+
+        return step
+
+    monkeypatch.setattr(run_module, "now", lambda: clock[0])
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
+    block = np.zeros(RATE, np.float32)
+    second = {"sound": block, "lost": Lost(RATE, "x"), "garbage": block * np.float32(np.nan)}[first]
+    more = [step for _ in range(5) for step in (later(1), block)]
+    source = Script(
+        [*more, SourceError("gone")], [later(3), later(1), second, *more], clocked=True, reopens=True, dated=True
+    )
+    told = Told()
+    with pytest.raises(SourceError, match="script: ended"):
+        listener(tone_predictor(), source, told, retries=1).run()
+    missing = sum(gap["duration"] for gap in told.of("gap"))
+    assert missing == 3 + (first != "sound") and told.messages[-1]["duration"] == 14 == clock[0] - 100
+    assert told.notes.count("script: sound comes again") == 1
 
 
 def test_waiting_for_a_source_backs_off(tone_predictor, monkeypatch):
@@ -871,6 +900,7 @@ def test_listening_to_a_file(command, tmp_path, tone_predictor):
         (["a.wav", "--clips", "x", "--clips-max-bytes", "many"], "expected a size such as 500M"),
         (["a.wav", "--start", "noon"], "--start noon: expected a time such as"),
         (["a.wav", "--hop", "0"], "greater than or equal to 0.1"),
+        (["a.wav", "--hop", "10"], "--hop 10 and --lookahead 0.25 do not fit the model: hop_seconds 10 and"),
         (["a.wav", "--webhook", "ftp://x"], "expected http://HOST"),
         (["a.wav", "--exec", "nothing-there"], "there is no such program"),
         (["a.wav", "--backend", "abacus"], "unknown backend 'abacus'"),

@@ -477,7 +477,7 @@ def test_a_microphone_gives_what_its_callback_gets(card):
     assert source.name == "USB Microphone"
     connection = source.open()
     (stream,) = card.streams
-    assert stream.settings["samplerate"] == connection.sample_rate == 8000 and stream.settings["blocksize"] == 800
+    assert stream.settings["samplerate"] == connection.sample_rate == 8000 and stream.settings["blocksize"] == 400
     blocks = [noise(800, seed=i).astype(np.float32) for i in range(3)]
     for i, block in enumerate(blocks):
         stream.give(block, at=10 + 0.1 * i)

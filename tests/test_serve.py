@@ -8,6 +8,8 @@ import dataclasses
 import json
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ import psutil
 import pytest
 import soundfile
 import websockets
-from serving import EXAMPLES, Server, until
+from serving import EXAMPLES, Server, head, until
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 import htsat
@@ -514,12 +516,12 @@ def fuzz(server, examples, seed=0):
 
 
 def test_generated_requests_get_declared_answers(server):
-    assert fuzz(server, 50) >= 200
+    assert fuzz(server, 30) >= 120
 
 
 @pytest.mark.slow
 def test_many_generated_requests_get_declared_answers(server):
-    assert fuzz(server, 1000, seed=1) > 5000
+    assert fuzz(server, 1300, seed=1) >= 5000
 
 
 # ------------------------------------------------------------------ streams
@@ -670,7 +672,71 @@ def test_a_stream_with_wrong_parameters_is_closed(server, query, code, says):
     assert says in message["message"] and reason and message["message"].startswith(reason[:100])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 32000, 44100, 48000, 96000])
+def test_streams_hear_the_same_however_they_are_cut(server, rate):
+    waveform = read_audio(EXAMPLES / "street.ogg", rate)
+    offline = htsat.Predictor("default", backend="onnxruntime", threads=1)
+    offline.config = live_config(offline.config, 1.0)
+    prediction = offline.predict((waveform, rate), spectrogram=False)
+    expected = sorted(tuple(dataclasses.asdict(event).values()) for event in prediction.events)
+    for seed in range(15):
+        rng = np.random.default_rng(seed)
+        messages, code = asyncio.run(
+            hear(server, waveform, rate, cuts(rng, len(waveform), rng.integers(200, min(10 * rate, 250_000))))
+        )
+        assert code == 1000
+        assert closed_events(messages) == expected
+        rows = np.concatenate([message["posteriors"] for message in messages if message["type"] == "frames"])
+        np.testing.assert_array_equal(rows, np.round(prediction.framewise_posteriors.astype(np.float64), 4))
+
+
 # ------------------------------------------------------------------ the end, and several workers
+
+
+def test_a_full_server_says_so_to_everybody():
+    """By the short way, and by the long one that a page of another origin needs."""
+    with Server("--max-requests", 2, "--max-client-requests", 1, "--cors", "https://friend.example") as server:
+        with server.connect() as connection:
+            connection.sendall(head("Content-Type: audio/wav", "Content-Length: 100000") + b"RIFF")
+            until(lambda: server.metric("htsat_requests_inside") == 1)
+            for origin in ({}, {"Origin": "https://friend.example"}):
+                answer = server.post("/v1/tag", "clock.wav", headers=origin)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_requests")
+                assert int(answer.headers["retry-after"]) >= 1
+                assert ("access-control-allow-origin" in answer.headers) == bool(origin)
+            assert server.client.get("/healthz").status_code == server.client.get("/v1/models").status_code == 200
+        until(lambda: server.metric("htsat_requests_inside") == 0)
+        assert server.post("/v1/tag", "clock.wav").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("no-such-model",), 2, "unknown model 'no-such-model'"),
+        (("--port", "{port}"), 2, "cannot listen at 127.0.0.1, port {port}"),
+        (("--host", "nowhere.invalid"), 2, "cannot listen at nowhere.invalid"),
+        (("--cors", "*"), 2, "expected an origin"),
+        (("--token", "short"), 2, "8 to 512"),
+        (("default", "default"), 2, "two models are called"),
+        (("--backend", "none"), 2, "unknown backend"),
+    ],
+)
+def test_what_cannot_start_says_why(server, arguments, code, says):
+    arguments = [argument.format(port=server.port) for argument in arguments]
+    command = [sys.executable, "-m", "htsat", "serve", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == code and run.stdout == ""
+    assert says.format(port=server.port) in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_named():
+    script = (
+        "import sys; sys.modules['fastapi'] = None; sys.argv = ['htsat', 'serve']; import htsat.cli; htsat.cli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr == "htsat: htsat serve needs fastapi, which is not installed: pip install 'htsat[serve]'\n"
 
 
 def test_a_stop_loses_nothing_that_was_accepted():

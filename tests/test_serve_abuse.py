@@ -260,9 +260,9 @@ def silence(seconds, rate=8000, channels=1, format="FLAC"):
         (forged("rate", 0x7FFFFFFF), 422, "Hz"),
         (forged("channels", 255), 422, "255 channels"),
         (forged("size", 2_000_000_000), 422, "truncated"),
-        (silence(36_000), 413, "600 s"),
-        (silence(36_000, format="OGG")[:2_900_000], (413, 422), ""),
-        (silence(1200, 48_000, 8), 413, "600 s"),
+        (lambda: silence(660), 413, "600 s"),
+        (lambda: silence(660, format="OGG"), 413, "600 s"),
+        (lambda: silence(660, 48_000, 2), 413, "600 s"),
         (forged("rate", 16000)[:44], 422, ""),
         (b"RIFF", 422, "damaged"),
         (b"fLaC" + b"\xff" * 4000, (415, 422), ""),
@@ -273,6 +273,7 @@ def silence(seconds, rate=8000, channels=1, format="FLAC"):
     ],
 )
 def test_hostile_recordings(server, body, status, says):
+    body = body() if callable(body) else body
     start, memory = time.monotonic(), server.memory()
     answer = server.post("/v1/detect", body)
     assert time.monotonic() - start < 2

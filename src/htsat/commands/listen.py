@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from htsat.commands.console import cut, one_line, tell
-from htsat.errors import UsageError
+from htsat.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from htsat.apps.listen.run import Listener, Status, Summary
@@ -177,6 +177,7 @@ def listen(
 
     from htsat.apps.listen.outputs import Outputs, OutputSettings, Teller
     from htsat.apps.listen.run import Listener, ListenSettings
+    from htsat.live import live_config
     from htsat.predict import Predictor
 
     limit = None if clips_max_bytes is None else _size(clips_max_bytes)
@@ -204,6 +205,10 @@ def listen(
     )
     if not predictor.labels:
         raise UsageError(f"model {model!r} has no classes, it gives embeddings only; choose another (htsat models)")
+    try:
+        live_config(predictor.config, hop, lookahead)
+    except ConfigError as error:
+        raise UsageError(f"--hop {hop:g} and --lookahead {lookahead:g} do not fit the model: {error}") from None
     settings = OutputSettings(
         format="json" if as_json else "tsv" if as_tsv else "table",
         out=out,

@@ -102,7 +102,6 @@ def serve(
         raise UsageError(
             f"htsat serve needs {error.name}, which is not installed: pip install 'htsat[serve]'"
         ) from None
-    from htsat.apps.serve.guard import is_exposed
     from htsat.apps.serve.settings import ServeSettings, named_models, read_tokens
 
     choices: dict[str, Any] = {"backend": backend, "precision": precision}
@@ -130,8 +129,6 @@ def serve(
         hop_seconds=hop,
         **choices,
     )
-    if is_exposed(host) and not settings.tokens:
-        tell(f"warning: everybody who reaches {host} may use this server; give --token or --token-file")
 
     def ready(address: str, serving: Any) -> None:
         _say_ready(settings, address, serving)
@@ -140,8 +137,12 @@ def serve(
 
 
 def _say_ready(settings: "ServeSettings", address: str, serving: Any) -> None:
+    from htsat.apps.serve.guard import is_exposed
+
     names = ", ".join(name for name, _ in settings.models)
     where = f" ({settings.workers} workers)" if settings.workers > 1 else ""
     tell(f"listening at {address}{where}, models: {names}; stop with Ctrl+C")
+    if is_exposed(settings.host) and not settings.tokens:
+        tell(f"warning: everybody who reaches {settings.host} may use this server; give --token or --token-file")
     if serving is not None:
         tell(f"decoders: {serving.sandbox}")

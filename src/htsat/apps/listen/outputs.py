@@ -504,7 +504,9 @@ class Ring:
         size = len(self._samples)
         start = max(start, self.position - size, 0)
         stop = max(start, min(stop, self.position))
-        return start, self._samples[np.arange(start, stop) % size]
+        first = start % size
+        whole = self._samples[first : first + stop - start]
+        return start, np.concatenate([whole, self._samples[: stop - start - len(whole)]])
 
 
 @dataclass(frozen=True, eq=False)

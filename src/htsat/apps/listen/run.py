@@ -336,11 +336,11 @@ class Listener:
         self._well = 0  # samples since the source was opened
         self._last: float | None = None  # until when the time line is told
         self._silences = 0  # gaps since something came
-        self._stalled = False
+        self._stalled, self._silent = False, True  # nothing comes too long; nothing came yet, or since then
         self._returned = False  # sound came again and the clock does not know yet
         self._power, self._powered = 0.0, 0  # sum of squares, and samples
         self._level = -math.inf
-        self._work: deque[tuple[float, float, float]] = deque(maxlen=10_000)  # when, seconds of work, seconds of sound
+        self._work: deque[tuple[float, float, float]] = deque(maxlen=2000)  # when, seconds of work, seconds of sound
         self._status_due = 0.0
 
     def stop(self) -> None:
@@ -391,7 +391,7 @@ class Listener:
     def _open(self) -> None:
         self._open_again = None
         self._opened_at, self._well = now(), 0
-        self._stalled = False
+        self._stalled, self._silent = False, True
         self._reader = Reader(self._source, self._settings.buffer_seconds)
 
     def _close_reader(self) -> None:
@@ -462,9 +462,8 @@ class Listener:
         elif isinstance(item, _Opened):
             self._begin(item)
         else:
+            self._arrive(item.lost.num_samples, item.arrival)
             self._miss(item.lost.num_samples, item.lost.reason)
-            if self._last is not None and not self._stalled and self._well:
-                self._last = item.arrival
 
     def _begin(self, opened: _Opened) -> None:
         """Begin the stream, or go on with it behind a source that was opened again."""
@@ -492,7 +491,7 @@ class Listener:
         if self._stalled:
             self._pass_time()
         elif now() - since >= limit:
-            self._stalled = True
+            self._stalled = self._silent = True
             why = f"{self._source.name}: no samples for {now() - since:.1f} s"
             self._pass_time()
             if self._source.reopens:
@@ -513,19 +512,24 @@ class Listener:
 
     # -- the time line --
 
+    def _arrive(self, num_samples: int, arrival: float) -> None:
+        """Note that samples came, heard or lost, and what is missing before them."""
+        last, self._last = self._last, arrival
+        if self._silent and last is not None:
+            if self._source.clocked:
+                missing = arrival - num_samples / self._rate - last
+                self._miss(max(1, round(missing * self._rate)), "nothing came")
+            self._teller.tell(f"{self._source.name}: sound comes again")
+            self._returned = True
+        self._silent = self._stalled = False
+        self._silences = 0
+
     def _hear(self, piece: _Piece) -> None:
         """Listen to samples."""
         assert self._stream is not None
-        samples, seconds = piece.samples, len(piece.samples) / self._rate
-        resumed = self._stalled or not self._well  # behind a silence of the source
-        if resumed and self._source.clocked and self._last is not None:
-            self._miss(max(1, round((piece.arrival - seconds - self._last) * self._rate)), "nothing came")
-        if resumed and self._last is not None:
-            self._teller.tell(f"{self._source.name}: sound comes again")
-            self._returned = True
-        self._stalled, self._silences = False, 0
+        samples = piece.samples
+        self._arrive(len(samples), piece.arrival)
         self._well += len(samples)
-        self._last = piece.arrival
         try:
             check_level(samples, self._source.name, self._position)
         except AudioError:
@@ -542,7 +546,7 @@ class Listener:
         self._clock.note(self._position, piece.arrival)
         self._power += float(np.dot(samples, samples))
         self._powered += len(samples)
-        self._work.append((began, time.monotonic() - began, seconds))
+        self._work.append((began, time.monotonic() - began, len(samples) / self._rate))
         self._tell(results)
 
     def _miss(self, num_samples: int, reason: str) -> None:

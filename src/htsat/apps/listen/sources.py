@@ -44,7 +44,7 @@ SAMPLE_FORMATS = {
     "f32le": "<f4", "f32be": ">f4", "f64le": "<f8", "f64be": ">f8",
 }  # fmt: skip
 #: seconds of sound in a block, at most: what a message may be late by beside the model's own delay
-BLOCK_SECONDS = 0.1
+BLOCK_SECONDS = 0.05
 #: addresses that FFmpeg is asked to open
 SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt", "mms")
 #: what FFmpeg may open for them: never a file, whatever a playlist says

@@ -39,8 +39,10 @@ _log = logging.getLogger(__name__)
 NDJSON = "application/x-ndjson"
 #: seconds in which a client must take the next piece of an answer
 _SEND_SECONDS = 20.0
+#: bytes of an answer that wait for it
+_PIECE = 1 << 18
 #: bytes of framewise posteriors in an answer
-_MOST_POSTERIORS = 64_000_000
+_MOST_POSTERIORS = 24_000_000
 #: bytes of the headers of a request
 _MOST_HEADERS = 32_000
 #: what is open without a token: whether the process lives, which says nothing else
@@ -332,6 +334,7 @@ class _Work(Response):
                 body = _line({"type": "error", **error.body})
             except ClientLeftError:
                 scope["state"]["left"] = True
+                _cut(scope)
                 return
             except BaseException:
                 scope["state"]["left"] = started  # too late for another status
@@ -341,11 +344,12 @@ class _Work(Response):
                     upload.file.close()
         # The slot is free: how fast a client reads is its own matter.
         try:
-            async with asyncio.timeout(_SEND_SECONDS):
-                if not lines:
-                    await send(_start(200, "application/json", len(body)))
-                await send({"type": "http.response.body", "body": body})
-        except TimeoutError:
+            if not lines:
+                await _send(send, _start(200, "application/json", len(body)))
+            for start in range(0, len(body), _PIECE):
+                await _send(send, _piece(body[start : start + _PIECE]))
+            await _send(send, {"type": "http.response.body", "body": b""})
+        except ClientLeftError:
             _cut(scope)
 
     async def _results(self, uploads: Sequence[Upload]) -> bytes:
@@ -711,7 +715,7 @@ def _page_files() -> list[tuple[str, bytes, str]]:
         if name == "index.html":
             paths.append(("/", content, kind))
         else:
-            paths += [(path, content, kind) for path in {f"/{name}", f"/assets/{name.removeprefix('assets/')}"}]
+            paths.append((f"/assets/{name}", content, kind))
     return sorted(paths)
 
 

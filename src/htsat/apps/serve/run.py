@@ -32,12 +32,14 @@ from htsat.apps.serve.engine import Engine, Serving, open_models
 from htsat.apps.serve.guard import ApiError, Gate, Keys
 from htsat.apps.serve.metrics import FOLDER, Metrics
 from htsat.apps.serve.settings import ServeSettings
-from htsat.errors import UsageError
+from htsat.errors import HtsatError, UsageError
 
 #: seconds in which the headers of a request must come
 _HEADER_SECONDS = 5.0
 #: a refused body is read on for so long and so far, so that its sender reads the refusal before a reset
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 4_000_000
+#: seconds in which the last piece of an answer must be taken
+_FLUSH_SECONDS = 20.0
 #: bytes that the system keeps for a client that does not read
 _SEND_BUFFER = 64 * 1024
 #: bytes of a WebSocket frame that the protocol itself refuses; smaller ones are refused with a message
@@ -53,6 +55,8 @@ class _Http(H11Protocol):
     refusals: "_Refusals"
     #: requests over the limit are refused by the address alone
     by_address: bool
+    #: there are other origins that may read answers
+    shares: bool
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -72,13 +76,11 @@ class _Http(H11Protocol):
         if self._discarding:
             self._drain(len(data))
             return
-        # A whole head of new work where a request begins: when the server is full it is not even parsed.
-        if (
-            self.conn.their_state is h11.IDLE
-            and not self.conn.trailing_data[0]
-            and data.startswith(b"POST /v1/")
-            and b"\r\n\r\n" in data
-        ):
+        # A whole head of new work where a request begins: when the server is full it is not even parsed, but where a
+        # page of another origin may want to read the refusal.
+        begins = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        shared = self.shares and b"rigin:" in data
+        if begins and not shared and data.startswith(b"POST /v1/") and b"\r\n\r\n" in data:
             status = self.serving.gate.status(self.client[0] if self.client and self.by_address else "")
             if status != 200:
                 self._refuse(self.refusals(status))
@@ -95,10 +97,15 @@ class _Http(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():
-            return
-        if self.conn.their_state is h11.SEND_BODY:  # refused before its body was read
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(_FLUSH_SECONDS, self._unread)
+        unread = self.conn.their_state is h11.SEND_BODY  # refused before its body was read
+        if unread and not self.transport.is_closing():
             self._start_timer(_LINGER_SECONDS, self.transport.abort)
+
+    def _unread(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         error = sys.exception()
@@ -267,7 +274,8 @@ async def _serve(settings: ServeSettings, sockets: list[socket.socket], ready: C
         sandbox = ", ".join(shut_in.applied) if shut_in is not None else ""
         serving = Serving(settings, engine, metrics, gate, Keys(settings.tokens), sandbox)
         by_address = len(settings.tokens) < 2 and not settings.proxies
-        http = type("Http", (_Http,), {"serving": serving, "refusals": _Refusals(serving), "by_address": by_address})
+        shared: dict[str, Any] = {"serving": serving, "refusals": _Refusals(serving)}
+        http = type("Http", (_Http,), {**shared, "by_address": by_address, "shares": bool(settings.cors)})
         config = uvicorn.Config(
             create_app(serving),
             http=http,
@@ -352,7 +360,10 @@ def _worker(settings: ServeSettings, listening: socket.socket, told: Any) -> Non
 
     threading.Thread(target=follow, daemon=True).start()
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    asyncio.run(_serve(settings, [listening], lambda _: told.set()))
+    try:
+        asyncio.run(_serve(settings, [listening], lambda _: told.set()))
+    except HtsatError as error:
+        sys.exit(f"htsat: {error}")
 
 
 class _Supervisor:

@@ -117,7 +117,7 @@ def listen_to(predictor, source, output=None, **settings):
 def expected(predictor, waveform, start=0.0):
     """The events that ``Predictor`` finds with the same settings."""
     config = predictor.config
-    predictor.config = live_config(config, 1.0, 0.25)
+    predictor.config = live_config(config, 1.0, 0.2)
     try:
         events = predictor.predict((waveform, RATE), spectrogram=False).events
     finally:
@@ -900,7 +900,7 @@ def test_listening_to_a_file(command, tmp_path, tone_predictor):
         (["a.wav", "--clips", "x", "--clips-max-bytes", "many"], "expected a size such as 500M"),
         (["a.wav", "--start", "noon"], "--start noon: expected a time such as"),
         (["a.wav", "--hop", "0"], "greater than or equal to 0.1"),
-        (["a.wav", "--hop", "10"], "--hop 10 and --lookahead 0.25 do not fit the model: hop_seconds 10 and"),
+        (["a.wav", "--hop", "10"], "--hop 10 and --lookahead 0.2 do not fit the model: hop_seconds 10 and"),
         (["a.wav", "--webhook", "ftp://x"], "expected http://HOST"),
         (["a.wav", "--exec", "nothing-there"], "there is no such program"),
         (["a.wav", "--backend", "abacus"], "unknown backend 'abacus'"),

@@ -13,7 +13,7 @@ from htsat.audio.chunk import Chunk, chunk_stream, num_tokens
 from htsat.config import DecodingConfig, InferenceConfig
 from htsat.detection.decoder import LiveDecoder, decode_events
 from htsat.errors import AudioError, ConfigError, UsageError
-from htsat.live import LiveStream, SectionEnd, live_config, live_messages, start_message
+from htsat.live import DEFAULT_LOOKAHEAD, LiveStream, SectionEnd, live_config, live_messages, start_message
 from htsat.predict import Predictor
 
 LABELS = ["a", "b", "c"]
@@ -231,7 +231,7 @@ def test_a_gap_ends_what_came_before_and_is_marked():
     [gap] = [result.gap for result in results if result.gap]
     assert (gap.start, gap.duration) == (12.3, 60.5)
     events = [c.event for result in results for c in result.events if c.state == "close"]
-    parts = [offline(part, 16000, 1.0, 0.25, EAGER) for part in (first, second)]
+    parts = [offline(part, 16000, 1.0, DEFAULT_LOOKAHEAD, EAGER) for part in (first, second)]
     shifted = [dataclasses.replace(e, onset=72.8 + e.onset, offset=72.8 + e.offset) for e in parts[1].events]
     assert sorted(map(key, events)) == sorted(map(key, [*parts[0].events, *shifted]))
     ids = [c.id for result in results for c in result.events if c.state == "open"]

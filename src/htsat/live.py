@@ -33,7 +33,7 @@ Array = NDArray[np.float32]
 #: seconds between the times at which a stream is heard
 DEFAULT_HOP = 1.0
 #: seconds that are heard behind each moment
-DEFAULT_LOOKAHEAD = 0.25
+DEFAULT_LOOKAHEAD = 0.2
 #: seconds of samples that are taken at once
 _BLOCK_SECONDS = 10
 _LEAST_RATE, _MOST_RATE = 1000, 768_000

@@ -111,7 +111,7 @@ def listen(
     hop: Annotated[float, typer.Option(min=0.1, max=10, help="Seconds between the times at which is listened.")] = 1.0,
     lookahead: Annotated[
         float, typer.Option(min=0, max=10, help="Seconds heard behind each moment: later, and more certain.")
-    ] = 0.25,
+    ] = 0.2,
     stall: Annotated[
         float, typer.Option(min=0, help="Seconds without samples after which a source is opened again; 0: never.")
     ] = 8.0,

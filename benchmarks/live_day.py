@@ -126,7 +126,7 @@ class Day:
             raise item
         return item if not isinstance(item, str) else None
 
-    def _give(self, samples: np.ndarray, block: int = RATE):
+    def _give(self, samples: np.ndarray, block: int = RATE // 4):
         """Give samples block by block; the clock goes on with them."""
         for start in range(0, len(samples), block):
             part = samples[start : start + block]
@@ -203,6 +203,7 @@ def slope(seconds: list[float], values: list[float]) -> float:
 
 
 def simulate_day(predictor: Predictor, hours: float, hop: float, faults: int, seed: int, folder: Path) -> dict:
+    listen_run.return_freed_memory()  # as the command does
     clock = SimulatedClock()
     listen_run.now = clock
     source = Day(hours, seed, clock, faults)

@@ -176,7 +176,7 @@ def listen(
     began = None if start is None else _time(start)
 
     from htsat.apps.listen.outputs import Outputs, OutputSettings, Teller
-    from htsat.apps.listen.run import Listener, ListenSettings
+    from htsat.apps.listen.run import Listener, ListenSettings, return_freed_memory
     from htsat.live import live_config
     from htsat.predict import Predictor
 
@@ -225,6 +225,7 @@ def listen(
         top=top,
         frames=frames,
     )
+    return_freed_memory()
     screen = _Screen(quiet, log_every)
     teller = Teller(screen.tell)
     outputs = Outputs(settings, opened.name, predictor.labels, screen.show, teller)

@@ -609,16 +609,18 @@ class Clips:
         heard = clip.heard
         try:
             buffer = io.BytesIO()
-            soundfile.write(buffer, np.clip(clip.samples, -1, 1), clip.sample_rate, format="FLAC")
+            np.clip(clip.samples, -1, 1, out=clip.samples)
+            soundfile.write(buffer, clip.samples, clip.sample_rate, format="FLAC")
+            data = buffer.getvalue()
             path = clip.path
             number = 2
             while path.exists():  # of an earlier run without a clock
                 path, number = clip.path.with_stem(f"{clip.path.stem}-{number}"), number + 1
-            write_atomic(path, buffer.getvalue())
+            write_atomic(path, data)
             heard = dataclasses.replace(heard, clip=path)
             if heard.state != "close":
                 self._saved[heard.id] = path
-            self._keep(path, len(buffer.getvalue()))
+            self._keep(path, len(data))
         except soundfile.SoundFileError as error:
             raise OutputError(f"{clip.path}: cannot be written ({error})") from None
         finally:

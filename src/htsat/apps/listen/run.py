@@ -4,8 +4,10 @@ A thread reads the source into a bounded buffer, so that nothing is lost while t
 counted. The time line of the stream is whole: each of its seconds was heard or is part of a gap that is told.
 """
 
+import ctypes
 import math
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +27,8 @@ from htsat.predict import Predictor
 
 Array = NDArray[np.float32]
 
+#: glibc's name for the size from which on it asks the system for each block
+_MMAP_THRESHOLD = -3
 #: seconds between looks at what else is to be done
 _TICK = 0.1
 #: seconds between two states that are told
@@ -50,6 +54,19 @@ def now() -> float:
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()
+
+
+def return_freed_memory() -> None:
+    """Let the C library give large blocks back to the system as soon as they are freed.
+
+    By default it keeps them, and clips of all lengths leave holes that nothing fits into: some megabytes an hour, for
+    weeks. Does nothing where the C library has no such switch.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 17)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from htsat.apps.listen.sources import (
     list_devices,
     open_source,
 )
-from htsat.audio.decode import _down_mix
+from htsat.audio.decode import down_mix
 from htsat.errors import AudioError, UsageError
 
 RATE = 8000
@@ -57,7 +57,7 @@ def encoded(values: np.ndarray, **settings) -> bytes:
 def read_back(data: bytes, **settings) -> np.ndarray:
     """What libsndfile reads, mixed to mono as everywhere."""
     values, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True, **settings)
-    return _down_mix(values)
+    return down_mix(values)
 
 
 def heard(connection) -> tuple[np.ndarray, list[Lost]]:

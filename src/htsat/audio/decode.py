@@ -239,7 +239,7 @@ class AudioReader:
         for piece in self._decoder.pieces(wanted):
             if not len(piece):
                 continue
-            block = _down_mix(piece)
+            block = down_mix(piece)
             finite = np.isfinite(block)
             if not finite.all():
                 at = (done + int(np.argmin(finite))) / self.sample_rate
@@ -297,7 +297,7 @@ def _check_length(name: str, seconds: float, max_seconds: float | None) -> None:
         raise AudioError(f"{name}: the recording is longer than the limit of {max_seconds:g} s; cut it into parts")
 
 
-def _down_mix(piece: NDArray[np.float32]) -> NDArray[np.float32]:
+def down_mix(piece: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the mean over channels, (n,), of (n, num_channels); a new array."""
     mono = piece[:, 0].astype(np.float32)
     if piece.shape[1] > 1:
@@ -309,7 +309,7 @@ def _down_mix(piece: NDArray[np.float32]) -> NDArray[np.float32]:
     return mono
 
 
-def _check_format(name: str, sample_rate: int, num_channels: int) -> None:
+def check_format(name: str, sample_rate: int, num_channels: int) -> None:
     """Raise AudioError unless rate and channels are within the limits."""
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
         raise AudioError(
@@ -323,7 +323,7 @@ def _check_format(name: str, sample_rate: int, num_channels: int) -> None:
         )
 
 
-def _as_float(values: NDArray[Any]) -> NDArray[np.float32]:
+def as_float(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return samples as float32; integers scaled so that full scale is [-1, 1)."""
     if values.dtype.kind == "i":
         return (values / np.float64(2 ** (8 * values.dtype.itemsize - 1))).astype(np.float32)
@@ -353,7 +353,7 @@ class _SoundFileDecoder:
         self.sample_rate = int(self._file.samplerate)
         self.num_channels = int(self._file.channels)
         try:
-            _check_format(name, self.sample_rate, self.num_channels)
+            check_format(name, self.sample_rate, self.num_channels)
         except AudioError:
             self._file.close()
             raise
@@ -415,11 +415,11 @@ class _ArrayDecoder:
         self.num_frames: int | None = len(values)
         self.failure: str | None = None
         self.failed_at_end = False
-        _check_format(name, self.sample_rate, self.num_channels)
+        check_format(name, self.sample_rate, self.num_channels)
 
     def pieces(self, num_frames: int) -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(self._values), num_frames):
-            yield _as_float(self._values[start : start + num_frames])
+            yield as_float(self._values[start : start + num_frames])
 
     def close(self) -> None:
         """Nothing to free."""
@@ -448,7 +448,7 @@ class _AvDecoder:
             if codec is None:
                 raise AudioError(f"{name}: the sound is coded in a way that FFmpeg does not know; convert it to FLAC")
             if codec.sample_rate and codec.channels:
-                _check_format(name, codec.sample_rate, codec.channels)
+                check_format(name, codec.sample_rate, codec.channels)
             self.failure: str | None = None
             self.failed_at_end = False
             self.sample_rate = 0
@@ -499,7 +499,7 @@ class _AvDecoder:
     def _samples(self, frame: Any) -> NDArray[np.float32]:
         channels = int(frame.layout.nb_channels)
         if not self.sample_rate:
-            _check_format(self._name, int(frame.sample_rate), channels)
+            check_format(self._name, int(frame.sample_rate), channels)
             self.sample_rate, self.num_channels = int(frame.sample_rate), channels
         elif (int(frame.sample_rate), channels) != (self.sample_rate, self.num_channels):
             raise AudioError(
@@ -508,7 +508,7 @@ class _AvDecoder:
             )
         values = frame.to_ndarray()
         values = values.T if frame.format.is_planar else values.reshape(-1, channels)
-        return _as_float(values)
+        return as_float(values)
 
     def pieces(self, num_frames: int) -> Iterator[NDArray[np.float32]]:
         held = [] if self._first is None else [self._first]
@@ -559,7 +559,7 @@ def _sniff(head: bytes) -> str:
     return ""
 
 
-def _is_unknown(size: int) -> bool:
+def is_unknown(size: int) -> bool:
     """Whether a 32-bit chunk size is one of the place-holders that streaming encoders write."""
     return 0x7FFF0000 <= size <= 0x80001000 or 0xFFFF0000 <= size <= 0xFFFFFFFF
 
@@ -859,7 +859,7 @@ def _open_sound_file(name: str, view: _View, kind: str, allow_truncated: bool) -
     # the view is libsndfile's from the moment it is opened: nothing here may move its position afterwards
     found = _data_chunk(view) if kind in ("WAV", "W64", "AIFF", "AU") else None
     decoder = _SoundFileDecoder(name, view, kind, has_promise)
-    if found is not None and decoder.num_frames and not _is_unknown(found[2]):
+    if found is not None and decoder.num_frames and not is_unknown(found[2]):
         read = decoder.num_frames / decoder.sample_rate
         promised = read * found[2] / max(1, view.size - found[1])
         if promised - read > _tolerance(promised):

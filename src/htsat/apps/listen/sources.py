@@ -28,10 +28,10 @@ from htsat.audio.decode import (
     MAX_CHANNELS,
     MAX_SAMPLE_RATE,
     MIN_SAMPLE_RATE,
-    _as_float,
-    _check_format,
-    _down_mix,
-    _is_unknown,
+    as_float,
+    check_format,
+    down_mix,
+    is_unknown,
     open_audio,
 )
 from htsat.errors import AudioError, HtsatError, UsageError, nearest
@@ -168,7 +168,7 @@ class PcmDecoder:
             wide = np.zeros((whole // 3, 4), np.uint8)
             wide[:, 1:] = np.frombuffer(data[:whole], np.uint8).reshape(-1, 3)
             values = wide.view("<i4")[:, 0]
-        return _down_mix(_as_float(values.reshape(-1, self._channels)))
+        return down_mix(as_float(values.reshape(-1, self._channels)))
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def read_wav_header(take: Callable[[int], bytes], name: str) -> PcmFormat:
     if coding is None:
         raise AudioError(f"{name}: the WAV header does not say what its samples are; record it again")
     code, channels, rate, bits = coding
-    _check_format(name, rate, channels)
+    check_format(name, rate, channels)
     if (code, bits) not in _WAV_FORMATS:
         raise AudioError(
             f"{name}: the WAV has samples of {bits} bits in coding {code}; expected 8 to 32-bit integers or floats, "
@@ -248,7 +248,7 @@ def read_wav_header(take: Callable[[int], bytes], name: str) -> PcmFormat:
     if size == 0xFFFFFFFF and wide:
         size = wide
     # What programs write that do not know how long a stream will be: nothing, or about as much as the field holds.
-    unknown = size == 0 or _is_unknown(size)
+    unknown = size == 0 or is_unknown(size)
     return PcmFormat(rate, channels, _WAV_FORMATS[code, bits], None if unknown else size)
 
 
@@ -796,7 +796,7 @@ class _Recording:
             return None
         values, began, overflowed = block
         due, self._due = self._due, began + len(values) / self.sample_rate
-        samples = _down_mix(values)
+        samples = down_mix(values)
         if not overflowed:
             return samples
         # PortAudio tells that samples are lost, not how many: its clock does, where it has one.

@@ -76,17 +76,18 @@ def test_when_events_are_told_worked_by_hand():
     config = DecodingConfig(threshold=0.5, threshold_off=0.2, min_gap=0.1, min_duration=0.08)
     decoder = LiveDecoder(["a"], config, STEP, start=100, next_id=7)
     told = [decoder.push(np.array([[p]])) for p in (0.3, 0.6, 0.1, 0.1, 0.7, 0.0, 0.0, 0.0)]
-    states = [[(c.id, c.state, round(c.event.onset, 2), round(c.event.offset, 2)) for c in changes] for changes in told]
+    states = [[(c.id, c.state, round(c.event.offset, 2), c.sounding) for c in changes] for changes in told]
     assert states == [
         [],  # only above the lower threshold
-        [(7, "open", 100.0, 100.08)],  # reached the upper one, and is long enough
+        [(7, "open", 100.08, True)],  # reached the upper one, and is long enough
+        [(7, "update", 100.08, False)],
         [],
+        [(7, "update", 100.2, True)],  # two frames of gap, 0.08 s: still the same event
+        [(7, "update", 100.2, False)],
         [],
-        [(7, "update", 100.0, 100.2)],  # two frames of gap, 0.08 s: still the same event
-        [],
-        [],
-        [(7, "close", 100.0, 100.2)],  # nothing can bridge 0.12 s
+        [(7, "close", 100.2, False)],  # nothing can bridge 0.12 s
     ]
+    assert {change.event.onset for changes in told for change in changes} == {100.0}
     assert told[-1][0].event.probability == pytest.approx(0.7)
 
 

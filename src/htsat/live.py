@@ -392,7 +392,7 @@ def live_messages(
         messages.append({"type": "frames", "start": result.start, "frame_seconds": step, "posteriors": rows})
     for change in result.events:
         event = dataclasses.asdict(change.event)
-        messages.append({"type": "event", "state": change.state, "id": change.id, **event})
+        messages.append({"type": "event", "state": change.state, "id": change.id, **event, "sounding": change.sounding})
     if result.clipwise_posteriors is not None:
         order = np.argsort(-result.clipwise_posteriors, kind="stable")[:top]
         tags = [{"label": labels[i], "probability": float(result.clipwise_posteriors[i])} for i in order]

@@ -183,11 +183,14 @@ class LiveEvent:
         id: counts the events of a stream from 1 on, by when they were opened.
         state: ``open`` once, ``update`` any number of times while it goes on, ``close`` once.
         event: its offset and probability are those so far, and final where it is closed.
+        sounding: whether it goes on at the end of what is known. Where it does not, ``event.offset`` is its end, unless
+            it begins again before the gap is long enough to close it.
     """
 
     id: int
     state: Literal["open", "update", "close"]
     event: Event
+    sounding: bool
 
 
 @dataclass
@@ -202,7 +205,7 @@ class _Track:
     gap_peak: float = 0.0  # the largest behind ``stop``
     joined: bool = False  # whether the active frames belong to the event
     id: int | None = None  # of the event, if it was opened
-    told: Event | None = None
+    told: tuple[Event, bool] | None = None  # what was said of it last, and whether it sounded
 
 
 class LiveDecoder:
@@ -398,14 +401,15 @@ class LiveDecoder:
                 self._start + self._boundary(track.stop),
                 min(1.0, max(0.0, track.event_peak)),
             )
+            sounding = track.joined and not closed
             if not track.id:
                 track.id, self.next_id = self.next_id, self.next_id + 1
-                told.append(LiveEvent(track.id, "open", event))
-            elif not closed and event != track.told:
-                told.append(LiveEvent(track.id, "update", event))
+                told.append(LiveEvent(track.id, "open", event, sounding))
+            elif not closed and (event, sounding) != track.told:
+                told.append(LiveEvent(track.id, "update", event, sounding))
             if closed:
-                told.append(LiveEvent(track.id, "close", event))
-            track.told = event
+                told.append(LiveEvent(track.id, "close", event, sounding))
+            track.told = event, sounding
         return told
 
 

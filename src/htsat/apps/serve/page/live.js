@@ -14,8 +14,8 @@ import {
   counted,
   dot,
   drawCurve,
+  drawEvent,
   eventRow,
-  faint,
   fit,
   icon,
   labelFrequencies,
@@ -473,12 +473,7 @@ export class LiveView {
         if (event.event_label !== label) continue;
         const left = x(event.onset);
         const wide = Math.max(3, x(event.offset) - left);
-        context.fillStyle = faint(rgb, 0.12);
-        context.fillRect(left, top, wide, rowHeight - 1);
-        context.fillStyle = rgb;
-        context.beginPath();
-        context.roundRect(left, baseline + 2, wide, 4, 2);
-        context.fill();
+        drawEvent(context, rgb, 0.12, left, wide, top, rowHeight, baseline);
       }
       const values = new Array(Math.floor(width)).fill(NaN);
       const column = this.labels.indexOf(label);

@@ -169,6 +169,16 @@ export function saveMenu(list, onSave) {
   );
 }
 
+/** An event in the row of its class: a tint over the row's height and a bar below the curve's baseline. */
+export function drawEvent(context, rgb, tint, left, wide, top, rowHeight, baseline) {
+  context.fillStyle = faint(rgb, tint);
+  context.fillRect(left, top, wide, rowHeight - 1);
+  context.fillStyle = rgb;
+  context.beginPath();
+  context.roundRect(left, baseline + 2, wide, 4, 2);
+  context.fill();
+}
+
 /** A posterior over time, the highest of each pixel, so that no peak is lost: filled below, drawn on top. */
 export function drawCurve(context, values, rgb, baseline, height) {
   context.beginPath();

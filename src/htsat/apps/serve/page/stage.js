@@ -14,6 +14,7 @@ import {
   colour,
   dot,
   drawCurve,
+  drawEvent,
   faint,
   fit,
   icon,
@@ -597,12 +598,7 @@ export class Stage {
         if (event.event_label !== row.label || event.offset < from || event.onset > to) continue;
         const left = x(event.onset);
         const wide = Math.max(2, x(event.offset) - left);
-        context.fillStyle = faint(rgb, 0.11);
-        context.fillRect(left, top, wide, rowHeight - 1);
-        context.fillStyle = rgb;
-        context.beginPath();
-        context.roundRect(left, baseline + 2, wide, 4, 2);
-        context.fill();
+        drawEvent(context, rgb, 0.11, left, wide, top, rowHeight, baseline);
       }
       drawCurve(context, values, rgb, baseline, height);
       const level = Math.round(baseline - height * row.threshold) + 0.5;
